@@ -1,0 +1,181 @@
+"""The command line: a table of commands. Each is a function in the module that does the work, imported when called."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from e2p.config import PRESETS, RunConfig, config_parser, from_namespace, load_yaml, preset_path
+from e2p.errors import ConfigError, E2PError
+
+
+class Command(NamedTuple):
+    """Where a command's function lives, and one line on what it does."""
+
+    module: str
+    function: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": Command("e2p.tasks.demo", "demo", "watch a frozen model become personal, offline, in five minutes"),
+    "prepare personachat": Command("e2p.tasks.personachat", "prepare", "Persona-Chat dialogues to tables"),
+    "prepare music": Command("e2p.tasks.music", "prepare", "Last.fm listening to playlists and vectors"),
+    "embed": Command("e2p.users.extract", "embed", "texts to user vectors"),
+    "train": Command("e2p.training.run", "train", "learn the projection from your tables"),
+    "evaluate": Command("e2p.evaluation.audit", "evaluate", "judge a run against its controls"),
+    "report": Command("e2p.evaluation.report", "report", "write a run's report again; loads no model"),
+    "generate": Command("e2p.model.answer", "generate", "answer a prompt for a user"),
+    "bench train": Command("e2p.bench.train", "bench", "training speed and memory against PEFT prompt tuning"),
+}
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. A domain error is one line on stderr and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"e2p {version('e2p')}")
+        return 0
+    name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), None)
+    if name is None:
+        group = [n for n in COMMANDS if n.split()[0] == words[0]]
+        known = ", ".join(group) if group else ", ".join(COMMANDS)
+        return _fail(f"expected a command ({known}), got '{' '.join(words[:2])}'; see e2p --help")
+    command, rest = COMMANDS[name], words[len(name.split()) :]
+    try:
+        function = getattr(import_module(command.module), command.function)
+        keywords = _parse(f"e2p {name}", function, rest)
+        function(**keywords)
+    except E2PError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def usage() -> str:
+    """The help page: what there is and how to go on."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: e2p COMMAND [options]",
+            "",
+            "Give it the user vectors you already have and any open-weights language model: one soft token,",
+            "learned once, makes every answer personal.",
+            "",
+            *lines,
+            "",
+            f"A run takes its settings from a YAML (e2p train run.yaml), from --preset {'|'.join(PRESETS)},",
+            "and from options such as --training.learning_rate 3e-3. e2p COMMAND --help lists them all.",
+        ]
+    )
+
+
+def _parse(prog: str, function: Any, words: list[str]) -> dict[str, Any]:
+    """A function's arguments from the command line; help comes from its signature and docstring."""
+    import argparse
+
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    kinds = dict(_kinds(get_type_hints(function)))
+    takes_config = kinds.pop("config", None) is not None
+    if takes_config:
+        kinds |= dict(_kinds(get_type_hints(RunConfig)))
+        parser = config_parser(prog)
+        parser.add_function_arguments(function, skip={"config"}, as_group=False)
+        words = _configs_first(*_options(words, kinds))
+    else:
+        parser = ArgumentParser(prog=prog, exit_on_error=False)
+        parser.add_function_arguments(function, as_group=False, as_positional=True)
+        options, others = _options(words, kinds)
+        words = others + options
+    try:
+        namespace = parser.parse_args(words)
+    except (ArgumentError, argparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    values = {name: namespace[name] for name in inspect.signature(function).parameters if name != "config"}
+    if takes_config:
+        values["config"] = from_namespace(parser, namespace)
+    return values
+
+
+def _kinds(hints: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Type of every option: bool, list or tuple (of texts), or another; settings within settings by dotted names."""
+    for name, hint in hints.items():
+        if name == "config":
+            yield name, hint
+        elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _kinds(get_type_hints(hint), f"{above}{name}.")
+        else:
+            texts = [get_origin(part) for part in (hint, *get_args(hint)) if str in get_args(part)]
+            yield above + name, next((kind for kind in texts if kind in (list, tuple)), hint)
+
+
+def _options(words: list[str], kinds: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Options as --name=value, and all other words. A bare switch means true; a list may be given item by item."""
+    options: list[str] = []
+    others: list[str] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        name, equals, value = word.partition("=")
+        kind = kinds.get(name[2:])
+        if not word.startswith("--") or word == "--help":
+            others.append(word)
+            continue
+        if not equals and kind is bool and (not queue or queue[0].lower() not in ("true", "false")):
+            value = "true"
+        elif not equals:
+            if not queue:
+                options.append(word)  # the parser says what is missing
+                continue
+            value = queue.pop(0)
+        if kind in (list, tuple) and value.startswith("[") and not set("'\"") & set(value):
+            # Quoted here, since YAML would read 007 as a number and null as nothing.
+            value = json.dumps([item.strip() for item in value.strip("[]").split(",") if item.strip()])
+        elif kind is list and not value.startswith("["):
+            name += "+"
+        options.append(f"{name}={value}")
+    return options, others
+
+
+def _configs_first(options: list[str], others: list[str]) -> list[str]:
+    """A preset and YAMLs, in this order, come before single settings, which they must not undo."""
+    presets, files, settings = [], [word for word in others if not word.startswith("-")], []
+    for option in options:
+        name, _, value = option.partition("=")
+        if name == "--preset":
+            presets.append(str(preset_path(value)))
+        elif name == "--config" and value:
+            files.append(value)
+        else:
+            settings.append(option)
+    for file in files:
+        if not Path(file).is_file():
+            raise ConfigError(f"{file}: expected a YAML with a run's settings, found no such file")
+        load_yaml(file)  # its complaints name the file
+    flags = [word for word in others if word.startswith("-")]
+    return flags + [f"--config={path}" for path in presets + files] + settings
+
+
+def _fail(message: str) -> int:
+    print(f"e2p: error: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""Every setting of a run, as frozen dataclasses: units, allowed values, checks, YAML in and out. Loads no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from e2p.errors import ConfigError
+
+Position = Literal["before_bos", "after_bos", "after_system", "before_completion"]
+Precision = Literal["auto", "float32", "bfloat16"]
+PRESETS = ("recommended", "paper-full", "paper-workshop")
+ARMS = ("none", "prompt", "static", "random", "shuffled", "null", "e2p", "e2p+prompt")
+
+
+def _require(condition: bool, key: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The frozen language model.
+
+    Args:
+        model: folder of a Hugging Face checkpoint, or a hub id.
+        revision: branch, tag or commit of a hub id.
+        dtype: precision of the frozen weights; ``auto`` takes the checkpoint's own on a GPU and float32 on a CPU.
+        attn: attention implementation: ``auto`` is transformers' choice for the model; ``sdpa``, ``eager``,
+            ``flash_attention_2`` as far as the model has them.
+        device: ``auto`` (GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
+        lora: folder or hub id of a PEFT adapter that is merged into the weights at load; needs ``e2p[peft]``.
+        quantization: load the frozen weights in 4 or 8 bits; needs the package bitsandbytes.
+        trust_remote_code: allow code from the checkpoint to run. Off unless you read that code.
+    """
+
+    model: str = ""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn: str = "auto"
+    device: str = "auto"
+    lora: str | None = None
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Seeded split by group: no group stands in two parts.
+
+    Args:
+        fractions: shares of the groups in train, validation and test; they sum to 1.
+        seed: seed of the permutation of the groups.
+    """
+
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fractions", tuple(self.fractions))
+        ok = len(self.fractions) == 3 and min(self.fractions) >= 0 and abs(sum(self.fractions) - 1) < 1e-6
+        _require(ok, "data.split.fractions", "three shares >= 0 that sum to 1", self.fractions)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tables lie and how text becomes tokens.
+
+    Args:
+        examples: example table: path, glob or s3://, gs://, hf:// address (Parquet, JSONL, CSV).
+        embeddings: embedding table, in the same forms.
+        split: how examples are divided, unless the table has a column ``split``.
+        max_prompt_tokens: longest prompt, in tokens, soft tokens not counted.
+        max_completion_tokens: longest completion, in tokens; longer ones are cut and counted.
+        long_prompt: what to do with a longer prompt: stop with its row, or drop the oldest turns (of a plain
+            prompt: the oldest tokens) and count it.
+        missing_vector: what to do with an example whose user has no vector at or before its time: stop with the
+            user, drop the example, or use the learned null user. The last two are counted.
+        chat: whether a plain ``prompt`` becomes a user turn of the chat template; ``auto``: if there is a template.
+        profile_template: how the text profile goes into the prompt arm's system turn; must contain ``{profile}``.
+        cache_dir: where tokenised data is kept; default is ``$E2P_CACHE`` or ``~/.cache/e2p``.
+    """
+
+    examples: str = ""
+    embeddings: str = ""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    max_prompt_tokens: int = 512
+    max_completion_tokens: int = 128
+    long_prompt: Literal["error", "truncate"] = "error"
+    missing_vector: Literal["error", "drop", "null"] = "error"
+    chat: Literal["auto", "always", "never"] = "auto"
+    profile_template: str = "About the user: {profile}"
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens", "a number > 0", self.max_prompt_tokens)
+        _require(
+            self.max_completion_tokens > 0, "data.max_completion_tokens", "a number > 0", self.max_completion_tokens
+        )
+        _require(
+            "{profile}" in self.profile_template,
+            "data.profile_template",
+            "a text that contains {profile}",
+            self.profile_template,
+        )
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """phi, the one thing that trains (paper, Eq. 2), and where its output stands.
+
+    Args:
+        hidden_dim: width of phi's hidden layer.
+        prefix_tokens: soft tokens per user, K.
+        norm: ``paper`` is Eq. 2 as published; ``matched`` starts at a real token's embedding plus a small user term,
+            so that the prefix has the norm of a token embedding.
+        input_norm: what is done to the user's vector first: nothing, unit length, or zero mean and unit variance
+            by the training users' statistics, which are stored beside the weights.
+        null_prob: share of training examples whose vector is replaced by the learned null user.
+        position: where the soft tokens stand. ``before_bos`` is the paper's.
+        init_text: text whose token embeddings ``matched`` starts from (one token per soft token, repeated).
+        user_scale: norm of the user term at the start, as a share of a token embedding's norm (``matched`` only).
+    """
+
+    hidden_dim: int = 32
+    prefix_tokens: int = 1
+    norm: Literal["paper", "matched"] = "matched"
+    input_norm: Literal["none", "l2", "standardize"] = "standardize"
+    null_prob: float = 0.1
+    position: Position = "before_completion"
+    init_text: str = "user"
+    user_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.hidden_dim >= 1, "projector.hidden_dim", "a whole number >= 1", self.hidden_dim)
+        _require(self.prefix_tokens >= 1, "projector.prefix_tokens", "a whole number >= 1", self.prefix_tokens)
+        _require(0 <= self.null_prob < 1, "projector.null_prob", "a number in [0, 1)", self.null_prob)
+        _require(self.user_scale > 0, "projector.user_scale", "a number > 0", self.user_scale)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is maximised. ``lm``: the completion's log-likelihood (paper, Eq. 4)."""
+
+    name: Literal["lm"] = "lm"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The budget. Every trained arm of a run gets the same one.
+
+    Args:
+        epochs: passes over the training examples.
+        max_steps: stop after this many optimiser steps; 0: epochs decide.
+        batch_size: examples per optimiser step, over all processes together.
+        tokens_per_pass: padded tokens in one forward pass. A step's batch is cut into as many passes as that takes
+            and gradients are accumulated; the result is the same, only the memory differs.
+        learning_rate: peak learning rate of AdamW, for phi alone.
+        warmup_ratio: share of the steps with a rising learning rate.
+        schedule: how the learning rate falls after the warm-up.
+        weight_decay: AdamW's, on matrices only.
+        max_grad_norm: gradients are clipped to this norm; 0: not clipped.
+        precision: of the backbone's forward pass; ``auto`` is bfloat16 where the hardware has it. phi is float32.
+        gradient_checkpointing: recompute the backbone's layers in the backward pass: less memory, more time.
+        evals_per_epoch: validations in an epoch; each leaves a checkpoint to resume from.
+        patience: stop after this many validations without improvement; 0: never. The best weights are kept always.
+        seed: seed of phi's start, of the order of the examples and of the dropped vectors.
+    """
+
+    epochs: int = 3
+    max_steps: int = 0
+    batch_size: int = 64
+    tokens_per_pass: int = 8192
+    learning_rate: float = 1e-3
+    warmup_ratio: float = 0.05
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: Precision = "auto"
+    gradient_checkpointing: bool = False
+    evals_per_epoch: int = 2
+    patience: int = 0
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "training.epochs", "a whole number >= 1", self.epochs)
+        _require(self.max_steps >= 0, "training.max_steps", "a whole number >= 0", self.max_steps)
+        _require(self.batch_size >= 1, "training.batch_size", "a whole number >= 1", self.batch_size)
+        _require(self.tokens_per_pass >= 1, "training.tokens_per_pass", "a whole number >= 1", self.tokens_per_pass)
+        _require(self.learning_rate > 0, "training.learning_rate", "a number > 0", self.learning_rate)
+        _require(0 <= self.warmup_ratio < 1, "training.warmup_ratio", "a number in [0, 1)", self.warmup_ratio)
+        _require(self.weight_decay >= 0, "training.weight_decay", "a number >= 0", self.weight_decay)
+        _require(self.max_grad_norm >= 0, "training.max_grad_norm", "a number >= 0", self.max_grad_norm)
+        _require(self.evals_per_epoch >= 1, "training.evals_per_epoch", "a whole number >= 1", self.evals_per_epoch)
+        _require(self.patience >= 0, "training.patience", "a whole number >= 0", self.patience)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a run is judged.
+
+    Args:
+        arms: the ways to condition the model; the two with ``prompt`` need a column ``profile``.
+        resamples: bootstrap resamples of the users.
+        samples: users for whom one and the same prompt is answered in the report.
+        max_new_tokens: length of those answers.
+        seed: seed of the random arm, of the bootstrap and of the samples.
+    """
+
+    arms: tuple[str, ...] = ARMS
+    resamples: int = 10_000
+    samples: int = 3
+    max_new_tokens: int = 48
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arms", tuple(self.arms))
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        _require(not unknown, "evaluation.arms", f"some of {', '.join(ARMS)}", ", ".join(unknown))
+        _require(self.resamples >= 100, "evaluation.resamples", "a whole number >= 100", self.resamples)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: backbone, data, phi, objective, budget, judgement, and the folder that all of it goes to."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output: str = "runs/run"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dictionary of a config dataclass, tuples as lists, ready for YAML or JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def config_parser(prog: str | None = None) -> Any:
+    """jsonargparse parser whose keys are those of :class:`RunConfig`; the CLI adds its own arguments to it."""
+    from jsonargparse import ArgumentParser  # here: half of the start-up time of `e2p --help`
+
+    parser = ArgumentParser(prog=prog, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML with any of the settings below")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def from_namespace(parser: Any, namespace: Any) -> RunConfig:
+    """The frozen settings out of what :func:`config_parser`'s parser has read."""
+    built = parser.instantiate(namespace)
+    return RunConfig(**{f.name: built[f.name] for f in dataclasses.fields(RunConfig)})
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Build a run's settings from plain values; unknown keys and wrong types raise ConfigError with their name."""
+    parser = config_parser()
+    try:
+        return from_namespace(parser, parser.parse_object(dict(values)))
+    except ConfigError:
+        raise
+    except Exception as error:  # jsonargparse raises ArgumentError, TypeError and its own kinds for a bad value
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def preset_path(name: str) -> Path:
+    """The YAML of a shipped preset. Raises ConfigError for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return Path(__file__).parent / "presets" / f"{name}.yaml"
+
+
+def load_yaml(path: str | Path) -> RunConfig:
+    """Read a run's YAML. Raises ConfigError, with the file, for what is unreadable or unknown."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def save_yaml(config: RunConfig, path: str | Path) -> None:
+    """Write the resolved settings of a run."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")

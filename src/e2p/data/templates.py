@@ -1,0 +1,201 @@
+"""Text to token ids: chat template, profile text, the boundary between prompt and completion, splice positions.
+
+Training, scoring and serving call these functions and no others, so a request is tokenised as the examples were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from e2p.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Ids of one prompt, ready to be followed by a completion.
+
+    Args:
+        ids: token ids, with the beginning-of-sequence token and the generation prompt where the tokenizer has them.
+        after_bos: index in ``ids`` behind the beginning-of-sequence token (0 if there is none).
+        after_system: index behind the system turn; equals ``after_bos`` without one.
+        cut: tokens that were dropped to fit ``max_prompt_tokens``.
+    """
+
+    ids: list[int]
+    after_bos: int
+    after_system: int
+    cut: int = 0
+
+
+class TextEncoder:
+    """A tokenizer together with the settings that turn prompts and completions into ids.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        chat: whether a plain prompt becomes a user turn; ``auto``: if the tokenizer has a chat template.
+        profile_template: how a profile goes into the system turn; contains ``{profile}``.
+        max_prompt_tokens: limit of a prompt; ``None``: no limit.
+        max_completion_tokens: longer completions are cut.
+        long_prompt: ``error`` raises DataError, ``truncate`` drops the oldest turns or tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat: Literal["auto", "always", "never"] = "auto",
+        profile_template: str = "About the user: {profile}",
+        max_prompt_tokens: int | None = None,
+        max_completion_tokens: int = 128,
+        long_prompt: Literal["error", "truncate"] = "error",
+    ) -> None:
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if chat == "always" and not has_template:
+            raise ConfigError("data.chat: 'always' needs a tokenizer with a chat template; set it to 'never' or 'auto'")
+        self.tokenizer: Any = tokenizer
+        self.has_template = has_template
+        self.plain_as_chat = has_template and chat != "never"
+        self.profile_template = profile_template
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_completion_tokens = max_completion_tokens
+        self.long_prompt = long_prompt
+
+    def prompt(self, prompt: Prompt, profile: str | None = None) -> EncodedPrompt:
+        """Encode a text or a list of messages, with the profile in the system turn if one is given.
+
+        Raises DataError for messages without a chat template, an empty prompt, or one that is too long.
+        """
+        messages = self._messages(prompt, profile)
+        encoded = self._encode(prompt, messages, profile)
+        limit = self.max_prompt_tokens
+        full = len(encoded.ids)
+        if limit is None or full <= limit:
+            return encoded
+        if self.long_prompt == "error":
+            raise DataError(
+                f"expected a prompt of at most {limit} tokens, got {full}; "
+                "raise data.max_prompt_tokens or set data.long_prompt to truncate"
+            )
+        if messages is None:  # keep what leads the text (BOS, profile) and the newest tokens
+            head = encoded.ids[: encoded.after_system]
+            keep = limit - len(head)
+            if keep <= 0:
+                raise DataError(f"the profile alone has {len(head)} tokens, more than data.max_prompt_tokens {limit}")
+            return EncodedPrompt([*head, *encoded.ids[full - keep :]], encoded.after_bos, len(head), full - limit)
+        first = int(messages[0]["role"] == "system")
+        system, turns = messages[:first], messages[first:]
+        while len(turns) > 1:
+            turns = turns[1:]
+            try:
+                encoded = self._encode(prompt, [*system, *turns], profile)
+            except DataError:  # many templates refuse turns that begin with an answer: drop that one too
+                if len(turns) == 1:
+                    raise
+                continue
+            if len(encoded.ids) <= limit:
+                return EncodedPrompt(encoded.ids, encoded.after_bos, encoded.after_system, full - len(encoded.ids))
+        raise DataError(
+            f"the last turn alone has {len(encoded.ids)} tokens, more than data.max_prompt_tokens {limit}; raise it"
+        )
+
+    def completion(self, prompt: Prompt, encoded: EncodedPrompt, text: str) -> list[int]:
+        """Ids of a completion, ended by the end-of-sequence token, so that prompt + completion is what generation sees.
+
+        The prompt is rendered with its answer and tokenised as one text. Where that begins with exactly the prompt's
+        own ids, the rest is the completion; where the tokenizer merges across the boundary, the completion is
+        tokenised alone, because generation starts from the prompt's own ids.
+        """
+        messages = self._messages(prompt, None)
+        if messages is None:
+            ids = self._after(prompt if isinstance(prompt, str) else "", text, special=True)
+        else:
+            # The last turn is enough: what stands before it does not change the completion's tokens.
+            rendered = self._render(messages[-1:], generate=True)
+            answered = self._render([*messages[-1:], {"role": "assistant", "content": text}], generate=False)
+            if answered.startswith(rendered):
+                ids = self._after(rendered, answered[len(rendered) :], special=False)
+            else:  # a template that writes the answer's turn in another way than its generation prompt
+                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        if end is not None:
+            ids = [*ids[: ids.index(end)], end] if end in ids else [*ids, end]
+        return ids[: self.max_completion_tokens]
+
+    def _after(self, prompt: str, text: str, special: bool) -> list[int]:
+        prompt_ids = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
+        together = self.tokenizer(prompt + text, add_special_tokens=special)["input_ids"]
+        if together[: len(prompt_ids)] == prompt_ids and len(together) > len(prompt_ids):
+            return together[len(prompt_ids) :]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _messages(self, prompt: Prompt, profile: str | None) -> list[dict[str, str]] | None:
+        """Messages of a chat prompt with the profile merged in, or None for a plain text."""
+        if isinstance(prompt, str):
+            if not self.plain_as_chat:
+                return None
+            messages = [{"role": "user", "content": prompt}]
+        else:
+            if not self.has_template:
+                raise DataError("messages need a tokenizer with a chat template; give a column 'prompt' instead")
+            if not prompt or not all(isinstance(m.get(k), str) for m in prompt for k in ("role", "content")):
+                raise DataError("expected messages with a role and a content of text each; mend them")
+            messages = [{"role": m["role"], "content": m["content"]} for m in prompt]
+        if not profile:
+            return messages
+        text = self._profile(profile)
+        if messages[0]["role"] == "system":
+            return [{"role": "system", "content": f"{messages[0]['content']}\n{text}"}, *messages[1:]]
+        return [{"role": "system", "content": text}, *messages]
+
+    def _profile(self, profile: str) -> str:
+        return self.profile_template.replace("{profile}", profile)  # other braces are text
+
+    def _encode(self, prompt: Prompt, messages: list[dict[str, str]] | None, profile: str | None) -> EncodedPrompt:
+        if messages is None:
+            lead = f"{self._profile(profile)}\n\n" if profile else ""
+            ids = self.tokenizer(lead + str(prompt), add_special_tokens=True)["input_ids"]
+            system = len(self.tokenizer(lead, add_special_tokens=True)["input_ids"]) if lead else 0
+        else:
+            rendered = self._render(messages, generate=True)
+            ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            system = self._system_end(messages, rendered) if messages[0]["role"] == "system" else 0
+        if not ids:
+            raise DataError("expected a prompt with at least one token, got an empty text")
+        after_bos = int(ids[0] == self.tokenizer.bos_token_id)
+        return EncodedPrompt(ids, after_bos, max(system, after_bos))
+
+    def _system_end(self, messages: list[dict[str, str]], rendered: str) -> int:
+        """Tokens up to the end of the system turn, found in the rendered text."""
+        content = messages[0]["content"].strip()
+        start = rendered.find(content)
+        if start < 0 or len(messages) < 2:
+            return len(self.tokenizer(rendered, add_special_tokens=False)["input_ids"]) if start >= 0 else 0
+        try:  # the system turn alone, where a template renders it as it stands at the head of the prompt
+            alone = self._render(messages[:1], generate=False)
+        except DataError:
+            alone = ""
+        if rendered.startswith(alone) and len(alone) >= start + len(content):
+            cut = len(alone)
+        else:
+            # Without the system turn, the same turns render to a suffix: what precedes it is BOS and the system turn.
+            rest = self._render(messages[1:], generate=True)
+            shared = 0
+            while shared < min(len(rest), len(rendered)) and rest[-1 - shared] == rendered[-1 - shared]:
+                shared += 1
+            cut = max(len(rendered) - shared, start + len(content))
+        encoding = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        return sum(1 for begin, _ in encoding["offset_mapping"] if begin < cut)
+
+    def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        except Exception as error:  # jinja2 errors and whatever a template raises on turns that it refuses
+            raise DataError(f"the chat template refuses these turns: {' '.join(str(error).split())}") from None

@@ -1,0 +1,384 @@
+"""E2PModel: a frozen backbone with phi in front of it. Train it, save it, generate with it, score with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from e2p.config import BackboneConfig, DataConfig, ProjectorConfig
+from e2p.data.batches import Batch, make_batch
+from e2p.data.templates import EncodedPrompt, Prompt, TextEncoder
+from e2p.errors import AdapterError, DataError
+from e2p.model import adapter
+from e2p.model.backbone import FrozenBackbone
+from e2p.model.projector import PrefixProjector, StaticPrefix
+
+Vectors = np.ndarray | Tensor | Sequence[Any]
+
+
+class Score(NamedTuple):
+    """Log-probability of a completion in nats, and the number of tokens it is summed over."""
+
+    logprob: float
+    tokens: int
+
+
+class E2PModel(nn.Module):
+    """Frozen backbone plus phi.
+
+    Args:
+        backbone: the language model.
+        projector: phi, or the static control.
+        encoder: how prompts and completions become ids.
+        objective: what it was trained for, for the record.
+        embedding_versions: versions of the user vectors it was trained with; empty: not named.
+        metrics: figures for the record and the model card.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        projector: PrefixProjector | StaticPrefix,
+        encoder: TextEncoder,
+        *,
+        objective: Mapping[str, Any] | None = None,
+        embedding_versions: Sequence[str] = (),
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = projector.to(backbone.device)
+        self.encoder = encoder
+        self.objective = dict(objective or {"name": "lm"})
+        self.embedding_versions = list(embedding_versions)
+        self.metrics = dict(metrics or {})
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | BackboneConfig | FrozenBackbone,
+        embedding_dim: int,
+        projector: ProjectorConfig | None = None,
+        *,
+        data: DataConfig | None = None,
+        static: bool = False,
+        seed: int = 42,
+    ) -> E2PModel:
+        """A model with a fresh phi, to be trained.
+
+        Args:
+            backbone: path or hub id, its settings, or one that is loaded already.
+            embedding_dim: length D of the user vectors.
+            projector: phi's settings.
+            data: settings of text; paths in it are not looked at.
+            static: the static control in phi's place.
+            seed: seed of phi's start.
+        """
+        if isinstance(backbone, str):
+            backbone = BackboneConfig(model=backbone)
+        if isinstance(backbone, BackboneConfig):
+            backbone = FrozenBackbone.load(backbone)
+        projector = projector or ProjectorConfig()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            phi = _projector(backbone, embedding_dim, projector, static)
+        return cls(backbone, phi, text_encoder(backbone, data or DataConfig(), projector.prefix_tokens))
+
+    def forward(self, batch: Batch, use_prefix: bool = True) -> Float[Tensor, "n"]:
+        """log p of every completion token of a batch, row after row (see FrozenBackbone.completion_logprobs)."""
+        prefix = self.projector(batch.embeddings, batch.present) if use_prefix else None
+        return self.backbone.completion_logprobs(batch, prefix)
+
+    def prefix(self, embeddings: Vectors | None, rows: int) -> Float[Tensor, "b k h"]:
+        """Soft tokens for user vectors.
+
+        Args:
+            embeddings: [B, D], or a sequence whose entries may be None; None stands for the null user.
+            rows: B.
+
+        Raises:
+            DataError: wrong number of rows, wrong dimension, NaN or infinity; the row is named.
+        """
+        vectors, present = self._checked(embeddings, rows)
+        device = self.backbone.device
+        return self.projector(vectors.to(device), present.to(device))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | Prompt,
+        embeddings: Vectors | None = None,
+        *,
+        profiles: Sequence[str | None] | None = None,
+        use_prefix: bool = True,
+        max_new_tokens: int = 128,
+        **settings: Any,
+    ) -> list[str]:
+        """Answer prompts personally.
+
+        Args:
+            prompts: texts or lists of {role, content}; a single one is taken as a list of one.
+            embeddings: a vector per prompt [B, D]; None, or None in a row: the null user.
+            profiles: texts that go into the system turn by the profile template, for comparison.
+            use_prefix: False: the plain backbone.
+            max_new_tokens: longest answer in tokens.
+            settings: for transformers' ``generate`` (``do_sample``, ``temperature``, ``num_beams``, ...).
+
+        Returns:
+            The answers, without the leading space that chat templates put before them.
+        """
+        encoded = self._encode(prompts, profiles)
+        if not encoded:
+            return []
+        if "num_return_sequences" in settings:
+            raise DataError("generate: num_return_sequences is not supported; repeat the prompt instead")
+        prefix = self.prefix(embeddings, len(encoded)) if use_prefix else None
+        at = [self.splice_at(prompt) for prompt in encoded]
+        rows = self.backbone.generate(encoded, at, prefix, max_new_tokens=max_new_tokens, **settings)
+        decode: Callable[..., str] = self.encoder.tokenizer.decode
+        return [decode(row, skip_special_tokens=True).strip() for row in rows]
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[Prompt] | Prompt,
+        completions: Sequence[str],
+        embeddings: Vectors | None = None,
+        *,
+        profiles: Sequence[str | None] | None = None,
+        use_prefix: bool = True,
+    ) -> list[Score]:
+        """Log-probability of each completion, its end token included, given prompt and user.
+
+        Arguments as in :meth:`generate`. Raises DataError for an empty completion or unequal numbers of rows.
+        """
+        many = _as_list(prompts)
+        encoded = self._encode(many, profiles)
+        if len(completions) != len(encoded):
+            raise DataError(f"score: expected {len(encoded)} completions, one per prompt, got {len(completions)}")
+        if not encoded:
+            return []
+        for row, text in enumerate(completions):
+            if not text.strip():
+                raise DataError(f"score: row {row}: expected a completion with text, got {text!r}")
+        labels = [self.encoder.completion(p, e, c) for p, e, c in zip(many, encoded, completions, strict=True)]
+        vectors, present = self._checked(embeddings, len(encoded))
+        batch = make_batch(
+            [np.array(e.ids, np.int32) for e in encoded],
+            [np.array(ids, np.int32) for ids in labels],
+            [self.splice_at(e) for e in encoded],
+            vectors.numpy(),
+            present.numpy(),
+            np.arange(len(encoded)),
+        )
+        logprobs = self(batch.to(self.backbone.device), use_prefix).double().cpu()
+        return [Score(float(part.sum()), len(part)) for part in logprobs.split([len(ids) for ids in labels])]
+
+    def splice_at(self, prompt: EncodedPrompt) -> int:
+        """Index in the prompt before which the soft tokens stand."""
+        places = {"before_bos": 0, "after_bos": prompt.after_bos, "after_system": prompt.after_system}
+        return places.get(self.projector.config.position, len(prompt.ids))
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write phi, its input statistics, ``adapter_config.json`` and a model card; the backbone is not copied."""
+        record = self._record()
+        adapter.write_adapter(
+            folder, record, self.projector.state_dict(), self._stats(), adapter.model_card(record), overwrite
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        backbone: str | BackboneConfig | FrozenBackbone | None = None,
+        *,
+        revision: str | None = None,
+    ) -> E2PModel:
+        """Load an adapter and the backbone that it was trained with.
+
+        Args:
+            source: adapter folder, or a hub id.
+            backbone: where the backbone lies now, if not where the adapter's record says.
+            revision: of an adapter on a hub.
+
+        Raises:
+            AdapterError: the adapter is incomplete or corrupt, or the backbone is not the one trained with; the
+                message says what differs.
+        """
+        folder = Path(source) if Path(source).exists() else _download(str(source), revision)
+        record, weights, stats = adapter.read_adapter(folder)
+        config = adapter.projector_config(folder / adapter.CONFIG, record["projector"])
+        if backbone is None:
+            backbone = BackboneConfig(model=record["backbone"]["source"], revision=record["backbone"]["revision"])
+        elif isinstance(backbone, str):
+            backbone = BackboneConfig(model=backbone)
+        if isinstance(backbone, BackboneConfig):
+            backbone = FrozenBackbone.load(backbone)
+        differs = adapter.differences(record["backbone"]["fingerprint"], backbone.fingerprint())
+        if differs:
+            raise AdapterError(
+                f"{folder}: trained with the backbone '{record['backbone']['source']}', but '{backbone.source}' has "
+                f"{'; '.join(differs)}. Load that backbone, or train again"
+            )
+        static = record["kind"] == "static"
+        kind = StaticPrefix if static else PrefixProjector
+        expected = kind.weight_shapes(record["embedding_dim"], backbone.hidden_size, config)
+        _check_shapes(folder / adapter.WEIGHTS, expected, weights)
+        phi = _projector(backbone, record["embedding_dim"], config, static)
+        _fill(folder / adapter.WEIGHTS, phi.state_dict(), weights)
+        model = cls(
+            backbone,
+            phi,
+            text_encoder(backbone, adapter.text_config(folder / adapter.CONFIG, record["text"]), config.prefix_tokens),
+            objective=record["objective"],
+            embedding_versions=record["embedding_versions"],
+            metrics=record["metrics"],
+        )
+        _fill(folder / adapter.STATS, model._stats(), stats)
+        return model
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload the adapter to a model hub; returns its address. Private unless said otherwise."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "adapter")
+            api.upload_folder(repo_id=repo_id, folder_path=str(Path(folder) / "adapter"))
+        return str(address)
+
+    def _record(self) -> dict[str, Any]:
+        encoder = self.encoder
+        return {
+            "kind": "static" if isinstance(self.projector, StaticPrefix) else "projector",
+            "backbone": {
+                "source": self.backbone.source,
+                "revision": self.backbone.revision,
+                "fingerprint": self.backbone.fingerprint(),
+            },
+            "embedding_dim": self.projector.embedding_dim,
+            "embedding_versions": self.embedding_versions,
+            "projector": dataclasses.asdict(self.projector.config),
+            "objective": self.objective,
+            "text": {
+                "chat": "always" if encoder.plain_as_chat else "never",
+                "profile_template": encoder.profile_template,
+                "max_prompt_tokens": encoder.max_prompt_tokens,
+                "max_completion_tokens": encoder.max_completion_tokens,
+                "long_prompt": encoder.long_prompt,
+            },
+            "metrics": self.metrics,
+        }
+
+    def _stats(self) -> dict[str, Tensor]:
+        if isinstance(self.projector, StaticPrefix):
+            return {}
+        return {"mean": self.projector.input_mean, "scale": self.projector.input_scale}
+
+    def _encode(self, prompts: Sequence[Prompt] | Prompt, profiles: Sequence[str | None] | None) -> list[EncodedPrompt]:
+        many = _as_list(prompts)
+        texts = profiles if profiles is not None else [None] * len(many)
+        if len(texts) != len(many):
+            raise DataError(f"expected {len(many)} profiles, one per prompt, got {len(texts)}")
+        return [self.encoder.prompt(prompt, text) for prompt, text in zip(many, texts, strict=True)]
+
+    def _checked(self, embeddings: Vectors | None, rows: int) -> tuple[Tensor, Tensor]:
+        dim = self.projector.embedding_dim
+        out = np.zeros((rows, dim), np.float32)
+        present = np.zeros(rows, bool)
+        given = [None] * rows if embeddings is None else list(embeddings)
+        if len(given) != rows:
+            raise DataError(f"expected {rows} user vectors, one per prompt, got {len(given)}")
+        for row, vector in enumerate(given):
+            if vector is None:
+                continue
+            try:
+                with np.errstate(over="ignore"):  # what overflows float32 becomes infinite and is refused below
+                    numbers = np.asarray(
+                        vector.detach().float().cpu() if isinstance(vector, Tensor) else vector, np.float32
+                    )
+            except (TypeError, ValueError):
+                raise DataError(f"row {row}: expected a user vector of {dim} numbers, got {vector!r:.60}") from None
+            if numbers.shape != (dim,):
+                raise DataError(f"row {row}: expected a user vector of {dim} numbers, got shape {numbers.shape}")
+            if not np.isfinite(numbers).all():
+                raise DataError(f"row {row}: expected finite numbers in the user vector, got NaN or infinity")
+            out[row], present[row] = numbers, True
+        return torch.from_numpy(out), torch.from_numpy(present)
+
+
+def text_encoder(backbone: FrozenBackbone, data: DataConfig, prefix_tokens: int) -> TextEncoder:
+    """The encoder for these settings; the prompt's limit also leaves room in the backbone's window."""
+    limit = data.max_prompt_tokens
+    if backbone.window is not None:
+        limit = min(limit, backbone.window - prefix_tokens - data.max_completion_tokens)
+    if limit <= 0:
+        raise DataError(
+            f"data.max_completion_tokens: {data.max_completion_tokens} leaves no room for a prompt in the backbone's "
+            f"window of {backbone.window} tokens; lower it"
+        )
+    return TextEncoder(
+        backbone.tokenizer,
+        chat=data.chat,
+        profile_template=data.profile_template,
+        max_prompt_tokens=limit,
+        max_completion_tokens=data.max_completion_tokens,
+        long_prompt=data.long_prompt,
+    )
+
+
+def _projector(
+    backbone: FrozenBackbone, embedding_dim: int, config: ProjectorConfig, static: bool
+) -> PrefixProjector | StaticPrefix:
+    kind = StaticPrefix if static else PrefixProjector
+    return kind(
+        embedding_dim,
+        backbone.hidden_size,
+        config,
+        anchor=backbone.anchor(config.init_text, config.prefix_tokens).cpu(),
+        token_norm=backbone.token_norm(),
+    )
+
+
+def _check_shapes(path: Path, own: Mapping[str, Sequence[int]], read: Mapping[str, Tensor]) -> None:
+    for name in sorted(set(own) | set(read)):
+        expected = list(own[name]) if name in own else "nothing"
+        got = list(read[name].shape) if name in read else "nothing"
+        if expected != got:
+            raise AdapterError(f"{path}: {name}: expected {expected}, got {got}; the file is not this adapter's")
+
+
+@torch.no_grad()
+def _fill(path: Path, own: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
+    """Copy read tensors into own ones after comparing names and shapes."""
+    _check_shapes(path, {name: tensor.shape for name, tensor in own.items()}, read)
+    for name, tensor in own.items():
+        tensor.copy_(read[name])
+
+
+def _as_list(prompts: Sequence[Prompt] | Prompt) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) and isinstance(prompts[0], Mapping):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except Exception as error:  # the hub client has a dozen kinds of errors; the user needs one line
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise AdapterError(f"{repo_id}: no such folder here, and the hub says: {reason}") from None

@@ -1,0 +1,202 @@
+"""phi against Eq. 2 in numpy; the start of the matched form; what the input statistics do."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+from torch import Tensor
+
+from e2p.config import ProjectorConfig
+from e2p.errors import ConfigError, DataError
+from e2p.model.projector import PrefixProjector, StaticPrefix
+
+D, H = 6, 32
+
+
+def projector(seed: int = 0, anchor: Tensor | None = None, token_norm: float = 1.0, **values: Any) -> PrefixProjector:
+    torch.manual_seed(seed)
+    return PrefixProjector(D, H, ProjectorConfig(**values), anchor=anchor, token_norm=token_norm)
+
+
+def equation_2(phi: PrefixProjector, c: np.ndarray) -> np.ndarray:
+    """phi(c) = LayerNorm(ReLU(W1 c)) W2 + b."""
+    w = {name: value.detach().double().numpy() for name, value in phi.state_dict().items()}
+    hidden = np.maximum(c @ w["w1.weight"].T, 0)
+    centred = hidden - hidden.mean(-1, keepdims=True)
+    hidden = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w["norm.weight"] + w["norm.bias"]
+    return (hidden @ w["w2.weight"].T + w["w2.bias"]).reshape(len(c), -1, H)
+
+
+def test_the_projector_is_equation_2() -> None:
+    for norm, k in [("paper", 1), ("paper", 3), ("matched", 2)]:
+        phi = projector(norm=norm, prefix_tokens=k, hidden_dim=7, input_norm="none")
+        with torch.no_grad():
+            for parameter in phi.parameters():
+                parameter.normal_()
+        c = np.random.default_rng(0).normal(size=(5, D))
+        out = phi(torch.tensor(c, dtype=torch.float32))
+        assert out.shape == (5, k, H)
+        np.testing.assert_allclose(out.detach().numpy(), equation_2(phi, c), rtol=1e-4, atol=1e-5)
+
+
+def test_w1_has_no_bias_and_w2_has_one() -> None:
+    shapes = {name: tuple(value.shape) for name, value in projector(hidden_dim=7, prefix_tokens=2).state_dict().items()}
+    assert shapes == {
+        "w1.weight": (7, D), "norm.weight": (7,), "norm.bias": (7,),
+        "w2.weight": (2 * H, 7), "w2.bias": (2 * H,), "null_prefix": (2, H),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("token_norm", [0.3, 1.0, 40.0])
+@pytest.mark.parametrize("hidden_dim", [8, 32, 128])
+def test_matched_starts_at_the_norm_of_a_token(token_norm: float, hidden_dim: int) -> None:
+    vectors = torch.randn(500, D, generator=torch.Generator().manual_seed(1))
+    norms = []
+    for seed in range(8):
+        phi = projector(seed, torch.randn(2, H), token_norm, prefix_tokens=2, hidden_dim=hidden_dim)
+        norms.append(phi(vectors).detach().norm(dim=-1).mean())
+    assert float(torch.stack(norms).mean()) == pytest.approx(token_norm, rel=0.03)
+
+
+def test_the_user_term_of_matched_has_the_share_that_was_asked_for() -> None:
+    vectors = torch.randn(500, D, generator=torch.Generator().manual_seed(1))
+    for share in (0.05, 0.3):
+        terms = []
+        for seed in range(8):
+            phi = projector(seed, torch.randn(1, H), 2.0, user_scale=share)
+            terms.append((phi(vectors) - phi.w2.bias.view(1, 1, H)).detach().norm(dim=-1).mean())
+        assert float(torch.stack(terms).mean()) == pytest.approx(share * 2.0, rel=0.05)
+
+
+def test_matched_points_where_its_anchor_does_and_the_null_user_stands_there() -> None:
+    anchor = torch.randn(2, H)
+    phi = projector(anchor=anchor, token_norm=3.0, prefix_tokens=2)
+    null = phi(torch.zeros(1, D), torch.tensor([False]))[0].detach()
+    assert torch.nn.functional.cosine_similarity(null, anchor).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert null.norm(dim=-1).tolist() == pytest.approx([3.0 / math.sqrt(1.01)] * 2, rel=1e-5)
+    start = StaticPrefix(D, H, phi.config, anchor=anchor, token_norm=3.0)(torch.zeros(1, D))[0]
+    assert start.norm(dim=-1).tolist() == pytest.approx([3.0, 3.0], rel=0.2)
+
+
+def test_the_papers_form_starts_tens_of_times_too_long_for_a_real_embedding() -> None:
+    """Why ``matched`` is the default: with the usual start the soft token dwarfs tokens of norm 0.3."""
+    norms = projector(norm="paper")(torch.randn(100, D)).detach().norm(dim=-1)
+    assert float(norms.mean()) > 5 * 0.3
+
+
+def test_an_anchor_of_zeros_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"projector\.init_text"):
+        projector(anchor=torch.zeros(1, H))
+
+
+def test_stays_float32_under_autocast() -> None:
+    phi = projector(norm="paper")
+    vectors = torch.randn(4, D)
+    expected = phi(vectors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = phi(vectors)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected)
+    assert torch.equal(phi(vectors.to(torch.float64)), expected)
+
+
+def test_input_none_and_l2() -> None:
+    vectors = torch.randn(4, D) * 50
+    assert torch.equal(projector(input_norm="none").normalise(vectors), vectors)
+    unit = projector(input_norm="l2").normalise(vectors)
+    np.testing.assert_allclose(unit, vectors.numpy() / np.linalg.norm(vectors.numpy(), axis=1)[:, None], rtol=1e-5)
+    assert torch.equal(projector(input_norm="l2").normalise(torch.zeros(1, D)), torch.zeros(1, D))
+    for kind in ("none", "l2"):
+        phi = projector(input_norm=kind)
+        phi.fit_input(vectors)
+        assert torch.equal(phi.input_mean, torch.zeros(D))
+        assert torch.equal(phi.input_scale, torch.ones(D))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 30),
+    st.floats(-1e6, 1e6, width=32),
+    st.floats(2**-10, 1e4, width=32),
+)
+def test_standardize_gives_mean_zero_and_variance_one(rows: int, mean: float, spread: float) -> None:
+    vectors = np.random.default_rng(rows).normal(size=(rows, D)) * spread + mean
+    vectors[:, 2] = mean  # a dimension that never changes carries nothing
+    data = torch.tensor(vectors, dtype=torch.float32)
+    phi = projector(input_norm="standardize")
+    phi.fit_input(data)
+    out = phi.normalise(data).numpy()
+    exact = data.double().numpy()
+    deviation = exact.std(0)
+    assert np.abs(out[:, 2]).max() == 0
+    varied = deviation > 1e-3 * max(abs(mean), 1e-3)
+    expected = (exact - exact.mean(0)) / np.where(deviation > 0, deviation, 1)
+    np.testing.assert_allclose(out[:, varied], expected[:, varied], atol=2e-3)
+
+
+def test_statistics_of_no_vectors_change_nothing() -> None:
+    phi = projector(input_norm="standardize")
+    phi.fit_input(torch.zeros(0, D))
+    assert torch.isfinite(phi(torch.randn(2, D))).all()
+
+
+def test_rows_without_a_vector_get_the_null_user() -> None:
+    phi = projector(prefix_tokens=2)
+    with torch.no_grad():
+        phi.null_prefix.normal_()
+    vectors = torch.randn(3, D)
+    out = phi(vectors, torch.tensor([True, False, True]))
+    assert torch.equal(out[1], phi.null_prefix)
+    assert torch.equal(out[[0, 2]], phi(vectors)[[0, 2]])
+
+
+def test_a_row_without_a_vector_trains_the_null_user_alone_and_others_do_not() -> None:
+    phi = projector()
+    phi(torch.randn(2, D), torch.tensor([False, False])).sum().backward()
+    assert phi.null_prefix.grad is not None
+    assert float(phi.null_prefix.grad.abs().min()) == 2.0
+    assert phi.w2.bias.grad is None or not phi.w2.bias.grad.any()
+    phi.zero_grad()
+    phi(torch.randn(2, D), torch.tensor([True, True])).sum().backward()
+    assert phi.null_prefix.grad is None or not phi.null_prefix.grad.any()
+    assert phi.w1.weight.grad is not None
+
+
+def test_another_dimension_is_refused() -> None:
+    with pytest.raises(DataError, match="user vectors of 6 numbers, got 5"):
+        projector()(torch.zeros(2, 5))
+
+
+def test_the_static_control_looks_at_no_vector() -> None:
+    static = StaticPrefix(D, H, ProjectorConfig(prefix_tokens=3), anchor=torch.randn(3, H))
+    out = static(torch.randn(4, D), torch.tensor([True, False, True, False]))
+    assert out.shape == (4, 3, H)
+    assert all(torch.equal(row, out[0]) for row in out)
+    assert torch.equal(static(torch.randn(1, D))[0], out[0])
+    assert set(static.state_dict()) == {"w1.weight", "norm.weight", "norm.bias", "w2.weight", "w2.bias"}
+
+
+def test_the_static_control_is_phi_on_a_constant_vector() -> None:
+    torch.manual_seed(1)
+    static = StaticPrefix(D, H, ProjectorConfig(input_norm="none"))
+    phi = PrefixProjector(D, H, ProjectorConfig(input_norm="none"))
+    phi.load_state_dict(static.state_dict(), strict=False)
+    assert torch.equal(phi(torch.ones(1, D)), static(torch.randn(1, D)))
+
+
+def test_shapes_are_declared_and_checked_while_tests_run() -> None:
+    for kind in (PrefixProjector, StaticPrefix):
+        for name in ("forward", "fit_input"):
+            assert "Float[Tensor" in str(inspect.signature(getattr(kind, name)).parameters["vectors"].annotation)
+    with pytest.raises(TypeCheckError):
+        projector()(torch.zeros(D))
+    with pytest.raises(TypeCheckError):
+        projector()(torch.zeros(2, D), torch.tensor([True]))
