@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from e2p.data.tables import example_batches, open_embeddings
@@ -222,6 +222,12 @@ def test_spellings_of_one_sentence(one: str, other: str) -> None:
 SENTENCES = st.sets(st.sampled_from([f"sentence {i}" for i in range(12)]), min_size=1, max_size=5)
 
 
+def personas(*chosen: str) -> list[tuple[str, ...]]:
+    return [tuple(f"sentence {i}" for i in numbers.split()) for numbers in chosen]
+
+
+@example(personas("0", "8", "0 1 10 7 8", "1 10", "0 1 2"))
+@example(personas("0", "7", "8", "0 1 3 8", "0 7"))
 @given(st.lists(SENTENCES.map(lambda chosen: tuple(sorted(chosen))), min_size=1, max_size=12))
 def test_groups_are_the_connected_personas(personas: list[tuple[str, ...]]) -> None:
     groups = personachat.persona_groups(personas)

@@ -272,7 +272,7 @@ def persona_groups(personas: Iterable[tuple[str, ...]]) -> dict[str, str]:
 
     def root(key: str) -> str:
         while parent[key] != key:
-            key = parent[key] = parent[parent[key]]
+            key = parent[key]
         return key
 
     holders: defaultdict[str, list[str]] = defaultdict(list)
