@@ -52,7 +52,9 @@ class FrozenBackbone(nn.Module):
         self.config = model.config.get_text_config(decoder=True)
         self.base: Any = model.base_model
         self.head = _head(model, self.config)
-        self._takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
+        takes = inspect.signature(self.base.forward).parameters
+        self._takes_positions = "position_ids" in takes
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         self._checkpointing = False
         self.share_prompts = _has_plain_cache(self.config)
         self._check_head()
@@ -235,8 +237,8 @@ class FrozenBackbone(nn.Module):
         output = self.base(
             inputs_embeds=inputs.embeds,
             attention_mask=inputs.mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_name: cache},
             **extra,
         )
         return output.last_hidden_state
