@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 
 from e2p.data.batches import Batch
 from e2p.model.backbone import FrozenBackbone
+from e2p.model.projector import PrefixProjector
 
 SPECIALS = ["<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
 BOS, EOS, PAD = 0, 1, 2
@@ -152,3 +154,12 @@ def greedy_alone(
             break
         out.append(token)
     return out
+
+
+def equation_2(phi: PrefixProjector, c: np.ndarray) -> np.ndarray:
+    """phi(c) = LayerNorm(ReLU(W1 c)) W2 + b."""
+    w = {name: value.detach().double().numpy() for name, value in phi.state_dict().items()}
+    hidden = np.maximum(c @ w["w1.weight"].T, 0)
+    centred = hidden - hidden.mean(-1, keepdims=True)
+    hidden = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w["norm.weight"] + w["norm.bias"]
+    return (hidden @ w["w2.weight"].T + w["w2.bias"]).reshape(len(c), -1, phi.hidden_size)

@@ -73,7 +73,7 @@ def test_four_files_and_nothing_else(saved: Path) -> None:
         "norm.bias",
         "w2.weight",
         "w2.bias",
-        "null_prefix",
+        "null_vector",
     }
     assert set(load_file(saved / adapter.STATS)) == {"mean", "scale"}
 
@@ -196,7 +196,7 @@ def test_other_tensors_are_refused(folder: Path, llama: FrozenBackbone) -> None:
     for weights, named in [
         ({**good, "extra": torch.zeros(1)}, "extra"),
         ({k: v for k, v in good.items() if k != "w2.bias"}, "w2.bias"),
-        ({**good, "null_prefix": torch.zeros(2, 32)}, "null_prefix"),
+        ({**good, "null_vector": torch.zeros(2, 32)}, "null_vector"),
     ]:
         save_file(weights, folder / adapter.WEIGHTS)
         sums = {name: adapter._sha256(folder / name) for name in (adapter.WEIGHTS, adapter.STATS)}

@@ -187,7 +187,7 @@ def phi_for(backbone: FrozenBackbone, seed: int = 1) -> PrefixProjector:
     )
     with torch.no_grad():
         phi.norm.bias.normal_(std=0.3)
-        phi.null_prefix.normal_(std=0.3)
+        phi.null_vector.normal_(std=0.3)
     return phi
 
 

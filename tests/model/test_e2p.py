@@ -14,7 +14,7 @@ from e2p.errors import AdapterError, DataError
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel
 from e2p.model.projector import StaticPrefix
-from tiny import logprobs_alone, make_batch, tiny_backbone
+from tiny import equation_2, logprobs_alone, make_batch, tiny_backbone
 
 TEXT = DataConfig(max_prompt_tokens=60, max_completion_tokens=16)
 POSITIONS: tuple[Position, ...] = ("before_bos", "after_bos", "after_system", "before_completion")
@@ -79,7 +79,8 @@ def test_the_null_user_has_one_meaning(llama: FrozenBackbone, position: Position
     absent = make_batch(prompts, [[5, 6]] * 2, at, torch.tensor(VECTORS[:2]), present=[False, False])
     with torch.no_grad():
         values = model(absent)
-        expected = logprobs_alone(llama.model, prompts[0], [5, 6], model.projector.null_prefix, at[0])
+        token = torch.tensor(equation_2(model.projector, model.projector.null_vector[None].detach().numpy())[0])
+        expected = logprobs_alone(llama.model, prompts[0], [5, 6], token.float(), at[0])
     torch.testing.assert_close(values, expected.repeat(2), rtol=1e-4, atol=1e-4)
     assert model.generate(PROMPTS, max_new_tokens=6, do_sample=False) == model.generate(
         PROMPTS, null, max_new_tokens=6, do_sample=False
@@ -100,7 +101,7 @@ def test_without_prefix_it_is_the_plain_backbone(model: E2PModel, llama: FrozenB
 def test_phi_alone_trains() -> None:
     model = build(tiny_backbone("llama"))
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    keys = ("w1.weight", "norm.weight", "norm.bias", "w2.weight", "w2.bias", "null_prefix")
+    keys = ("w1.weight", "norm.weight", "norm.bias", "w2.weight", "w2.bias", "null_vector")
     assert names == {f"projector.{key}" for key in keys}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2, weight_decay=0)

@@ -17,6 +17,7 @@ from torch import Tensor
 from e2p.config import ProjectorConfig
 from e2p.errors import ConfigError, DataError
 from e2p.model.projector import PrefixProjector, StaticPrefix
+from tiny import equation_2
 
 D, H = 6, 32
 
@@ -24,15 +25,6 @@ D, H = 6, 32
 def projector(seed: int = 0, anchor: Tensor | None = None, token_norm: float = 1.0, **values: Any) -> PrefixProjector:
     torch.manual_seed(seed)
     return PrefixProjector(D, H, ProjectorConfig(**values), anchor=anchor, token_norm=token_norm)
-
-
-def equation_2(phi: PrefixProjector, c: np.ndarray) -> np.ndarray:
-    """phi(c) = LayerNorm(ReLU(W1 c)) W2 + b."""
-    w = {name: value.detach().double().numpy() for name, value in phi.state_dict().items()}
-    hidden = np.maximum(c @ w["w1.weight"].T, 0)
-    centred = hidden - hidden.mean(-1, keepdims=True)
-    hidden = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w["norm.weight"] + w["norm.bias"]
-    return (hidden @ w["w2.weight"].T + w["w2.bias"]).reshape(len(c), -1, H)
 
 
 def test_the_projector_is_equation_2() -> None:
@@ -51,7 +43,7 @@ def test_w1_has_no_bias_and_w2_has_one() -> None:
     shapes = {name: tuple(value.shape) for name, value in projector(hidden_dim=7, prefix_tokens=2).state_dict().items()}
     assert shapes == {
         "w1.weight": (7, D), "norm.weight": (7,), "norm.bias": (7,),
-        "w2.weight": (2 * H, 7), "w2.bias": (2 * H,), "null_prefix": (2, H),
+        "w2.weight": (2 * H, 7), "w2.bias": (2 * H,), "null_vector": (D,),
     }  # fmt: skip
 
 
@@ -76,14 +68,22 @@ def test_the_user_term_of_matched_has_the_share_that_was_asked_for() -> None:
         assert float(torch.stack(terms).mean()) == pytest.approx(share * 2.0, rel=0.05)
 
 
-def test_matched_points_where_its_anchor_does_and_the_null_user_stands_there() -> None:
+def test_matched_points_where_its_anchor_does_for_users_the_null_user_and_the_static_control() -> None:
     anchor = torch.randn(2, H)
     phi = projector(anchor=anchor, token_norm=3.0, prefix_tokens=2)
+    user = phi(torch.randn(1, D))[0].detach()
     null = phi(torch.zeros(1, D), torch.tensor([False]))[0].detach()
-    assert torch.nn.functional.cosine_similarity(null, anchor).tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
-    assert null.norm(dim=-1).tolist() == pytest.approx([3.0 / math.sqrt(1.01)] * 2, rel=1e-5)
-    start = StaticPrefix(D, H, phi.config, anchor=anchor, token_norm=3.0)(torch.zeros(1, D))[0]
-    assert start.norm(dim=-1).tolist() == pytest.approx([3.0, 3.0], rel=0.2)
+    static = StaticPrefix(D, H, phi.config, anchor=anchor, token_norm=3.0)(torch.zeros(1, D))[0]
+    for start in (user, null, static):
+        assert torch.nn.functional.cosine_similarity(start, anchor).tolist() == pytest.approx([1.0, 1.0], abs=0.05)
+        assert start.norm(dim=-1).tolist() == pytest.approx([3.0, 3.0], rel=0.2)
+
+
+@pytest.mark.parametrize("input_norm", ["none", "l2", "standardize"])
+def test_the_null_user_starts_as_an_ordinary_user_in_the_space_behind_the_input_norm(input_norm: str) -> None:
+    norms = [float(projector(seed, input_norm=input_norm).null_vector.detach().norm()) for seed in range(50)]
+    expected = 1.0 if input_norm == "l2" else math.sqrt(D)
+    assert np.sqrt(np.mean(np.square(norms))) == pytest.approx(expected, rel=0.15)
 
 
 def test_the_papers_form_starts_tens_of_times_too_long_for_a_real_embedding() -> None:
@@ -150,24 +150,38 @@ def test_statistics_of_no_vectors_change_nothing() -> None:
 
 def test_rows_without_a_vector_get_the_null_user() -> None:
     phi = projector(prefix_tokens=2)
-    with torch.no_grad():
-        phi.null_prefix.normal_()
+    phi.fit_input(torch.randn(9, D) * 3 + 1)
     vectors = torch.randn(3, D)
-    out = phi(vectors, torch.tensor([True, False, True]))
-    assert torch.equal(out[1], phi.null_prefix)
-    assert torch.equal(out[[0, 2]], phi(vectors)[[0, 2]])
+    vectors[1] = torch.nan  # what stands in an absent row must not matter
+    out = phi(vectors, torch.tensor([True, False, True])).detach()
+    # The null vector lies behind the input normalisation: statistics fitted later do not move it.
+    np.testing.assert_allclose(
+        out[1].numpy(), equation_2(phi, phi.null_vector.detach().numpy()[None])[0], rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(out[[0, 2]], phi(vectors[[0, 2]]).detach())
 
 
-def test_a_row_without_a_vector_trains_the_null_user_alone_and_others_do_not() -> None:
-    phi = projector()
-    phi(torch.randn(2, D), torch.tensor([False, False])).sum().backward()
-    assert phi.null_prefix.grad is not None
-    assert float(phi.null_prefix.grad.abs().min()) == 2.0
-    assert phi.w2.bias.grad is None or not phi.w2.bias.grad.any()
+def test_the_null_vector_trains_on_rows_without_a_vector_alone() -> None:
+    phi = projector(hidden_dim=5, input_norm="none").double()
+    vectors, weights = torch.randn(3, D).double(), torch.randn(3, 1, H).double()
+
+    def loss(present: list[bool]) -> Tensor:
+        return (phi(vectors, torch.tensor(present)) * weights).sum()
+
+    loss([True, False, False]).backward()
+    by_hand, step = torch.zeros(D).double(), 1e-6
+    with torch.no_grad():
+        for at in range(D):
+            phi.null_vector[at] += step
+            by_hand[at] = loss([True, False, False])
+            phi.null_vector[at] -= 2 * step
+            by_hand[at] -= loss([True, False, False])
+            phi.null_vector[at] += step
+    torch.testing.assert_close(phi.null_vector.grad, by_hand / (2 * step), rtol=1e-4, atol=1e-5)
     phi.zero_grad()
-    phi(torch.randn(2, D), torch.tensor([True, True])).sum().backward()
-    assert phi.null_prefix.grad is None or not phi.null_prefix.grad.any()
-    assert phi.w1.weight.grad is not None
+    loss([True, True, True]).backward()
+    assert not phi.null_vector.grad.any()
+    assert phi.w1.weight.grad.any()
 
 
 def test_another_dimension_is_refused() -> None:

@@ -206,9 +206,13 @@ def test_bad_inputs_cost_no_earlier_run_and_leave_no_empty_one(config: RunConfig
 # ---------------------------------------------------------------- what is learned, and what is said about it
 
 
-def test_a_useless_prefix_is_said_loudly(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """An absurd learning rate throws phi far off; the weights are those of the only validation."""
-    train(with_training(config, learning_rate=1e3, warmup_ratio=0.0, evals_per_epoch=1, max_grad_norm=0.0))
+def test_a_useless_prefix_is_said_loudly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The training users all say one thing and the validation users another, so what is learned can only harm."""
+    config = tiny_run(tmp_path, each=16, epochs=1, evals_per_epoch=1, learning_rate=3e-2)  # 24 steps, one validation
+    examples = pl.read_parquet(config.data.examples)
+    says = pl.when(pl.col("split") == "train").then(pl.lit("jazz jazz jazz")).otherwise(pl.lit("home again"))
+    examples.with_columns(completion=says).write_parquet(config.data.examples)
+    train(config)
     assert is_useless(record(config)["validation"])
     said = capsys.readouterr().err
     assert "THE PREFIX IS WORSE THAN NO PREFIX" in said
@@ -238,7 +242,7 @@ def test_a_record_says_what_was_done(config: RunConfig) -> None:
     train(config)
     found = record(config)
     assert found["steps"] == 2
-    assert found["parameters"] == 4 * 8 + 2 * 8 + 8 * 32 + 32 + 32  # W1, LayerNorm, W2, b, the null user
+    assert found["parameters"] == 4 * 8 + 2 * 8 + 8 * 32 + 32 + 4  # W1, LayerNorm, W2, b, the null user
     assert found["best_step"] in (1, 2)
     assert {"prefix", "none"} == set(found["validation"])
     assert found["provenance"]["versions"]["torch"]
@@ -291,5 +295,5 @@ def test_phi_learns_the_user_and_the_shuffled_control_does_not(tmp_path: Path) -
     saved = {
         arm: set(load_file(arm_folder(tmp_path / "run", arm) / "adapter/adapter_model.safetensors")) for arm in models
     }
-    assert saved["static"] == saved["e2p"] - {"null_prefix"}
+    assert saved["static"] == saved["e2p"] - {"null_vector"}
     assert saved["shuffled"] == saved["e2p"]

@@ -19,7 +19,7 @@ from e2p.training.run import newest_checkpoint
 from e2p.training.trainer import E2PTrainer, trainable
 from tiny_run import inputs_of, tiny_run, with_training
 
-PHI = {"w1.weight", "norm.weight", "norm.bias", "w2.weight", "w2.bias", "null_prefix"}
+PHI = {"w1.weight", "norm.weight", "norm.bias", "w2.weight", "w2.bias", "null_vector"}
 
 
 @pytest.fixture(scope="module")

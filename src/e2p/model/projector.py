@@ -44,7 +44,9 @@ class PrefixProjector(nn.Module):
         self.w1 = nn.Linear(embedding_dim, config.hidden_dim, bias=False)
         self.norm = nn.LayerNorm(config.hidden_dim)
         self.w2 = nn.Linear(config.hidden_dim, k * hidden_size)
-        self.null_prefix = nn.Parameter(torch.zeros(k, hidden_size))
+        # The null user is a vector like any other, of the size that input normalisation gives one. A learned soft token
+        # would be simpler, but train slower than all that passes through phi's hidden layer (docs/findings.md).
+        self.null_vector = nn.Parameter(torch.randn(embedding_dim))
         # Statistics of the input are data, not weights: they are saved in a file of their own.
         self.register_buffer("input_mean", torch.zeros(embedding_dim), persistent=False)
         self.register_buffer("input_scale", torch.ones(embedding_dim), persistent=False)
@@ -55,7 +57,8 @@ class PrefixProjector(nn.Module):
                 spread = config.user_scale * token_norm / math.sqrt(config.hidden_dim * hidden_size)
                 nn.init.normal_(self.w2.weight, std=spread)
                 self.w2.bias.copy_(start.flatten() / math.sqrt(1 + config.user_scale**2))
-            self.null_prefix.copy_(self.w2.bias.view(k, hidden_size))
+            if config.input_norm == "l2":
+                self.null_vector.div_(self.null_vector.norm())
 
     @staticmethod
     def weight_shapes(embedding_dim: int, hidden_size: int, config: ProjectorConfig) -> dict[str, list[int]]:
@@ -67,7 +70,7 @@ class PrefixProjector(nn.Module):
             "norm.bias": [width],
             "w2.weight": [k * hidden_size, width],
             "w2.bias": [k * hidden_size],
-            "null_prefix": [k, hidden_size],
+            "null_vector": [embedding_dim],
         }
 
     @torch.no_grad()
@@ -100,11 +103,15 @@ class PrefixProjector(nn.Module):
                 "use the embedding model that the adapter was trained with"
             )
         with torch.autocast(vectors.device.type, enabled=False):
-            hidden = self.norm(torch.relu(self.w1(self.normalise(vectors))))
-            prefix = self.w2(hidden).view(-1, self.config.prefix_tokens, self.hidden_size)
-            if present is None:
-                return prefix
-            return torch.where(present[:, None, None], prefix, self.null_prefix)
+            inputs = self.normalise(vectors)
+            if present is not None:
+                inputs = torch.where(present[:, None], inputs, self.null_vector)
+            return self._through(inputs)
+
+    def _through(self, inputs: Float[Tensor, "b d"]) -> Float[Tensor, "b k h"]:
+        """Eq. 2 on normalised inputs."""
+        hidden = self.norm(torch.relu(self.w1(inputs)))
+        return self.w2(hidden).view(-1, self.config.prefix_tokens, self.hidden_size)
 
 
 class StaticPrefix(PrefixProjector):
@@ -115,7 +122,7 @@ class StaticPrefix(PrefixProjector):
     anybody's vector (docs/findings.md). Prefix tuning reparametrises its tokens by an MLP for the same reason.
     """
 
-    null_prefix: None  # type: ignore[assignment]
+    null_vector: None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -127,13 +134,13 @@ class StaticPrefix(PrefixProjector):
         token_norm: float = 1.0,
     ) -> None:
         super().__init__(embedding_dim, hidden_size, config, anchor=anchor, token_norm=token_norm)
-        self.register_parameter("null_prefix", None)
+        self.register_parameter("null_vector", None)
 
     @staticmethod
     def weight_shapes(embedding_dim: int, hidden_size: int, config: ProjectorConfig) -> dict[str, list[int]]:
         """As of phi, without the null user."""
         shapes = PrefixProjector.weight_shapes(embedding_dim, hidden_size, config)
-        return {name: shape for name, shape in shapes.items() if name != "null_prefix"}
+        return {name: shape for name, shape in shapes.items() if name != "null_vector"}
 
     def fit_input(self, vectors: Float[Tensor, "n d"]) -> None:
         """Nothing to fit: the vectors are not looked at."""
@@ -144,9 +151,7 @@ class StaticPrefix(PrefixProjector):
         """The same soft tokens for every row."""
         constant = torch.ones(1, self.embedding_dim, device=vectors.device)
         with torch.autocast(vectors.device.type, enabled=False):
-            hidden = self.norm(torch.relu(self.w1(constant)))
-            prefix = self.w2(hidden).view(1, self.config.prefix_tokens, self.hidden_size)
-        return prefix.expand(len(vectors), -1, -1)
+            return self._through(constant).expand(len(vectors), -1, -1)
 
 
 def _at_norm(rows: Float[Tensor, "k h"], norm: float) -> Float[Tensor, "k h"]:
