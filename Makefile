@@ -11,8 +11,8 @@ test: .venv/.installed-dev lint
 	$(BIN)/python -m pytest
 
 lint: .venv/.installed-dev
-	$(BIN)/ruff check src tests benchmarks docs
-	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs examples
+	$(BIN)/ruff format --check src tests benchmarks docs examples
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 
@@ -20,8 +20,8 @@ docs: .venv/.installed-dev
 	$(BIN)/python docs/generate.py
 
 format: .venv/.installed-dev
-	$(BIN)/ruff check --fix src tests benchmarks docs
-	$(BIN)/ruff format src tests benchmarks docs
+	$(BIN)/ruff check --fix src tests benchmarks docs examples
+	$(BIN)/ruff format src tests benchmarks docs examples
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "e2p needs Python 3.11 or newer: make PYTHON=python3.12")'
