@@ -124,7 +124,8 @@ class ProjectorConfig:
         null_prob: share of training examples whose vector is replaced by the learned null user.
         position: where the soft tokens stand. ``before_bos`` is the paper's.
         init_text: text whose token embeddings ``matched`` starts from (one token per soft token, repeated).
-        user_scale: norm of the user term at the start, as a share of a token embedding's norm (``matched`` only).
+        user_scale: norm of the user term at the start, as a share of the norm of what all users share
+            (``matched`` only).
     """
 
     hidden_dim: int = 32

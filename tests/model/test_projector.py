@@ -48,24 +48,26 @@ def test_w1_has_no_bias_and_w2_has_one() -> None:
 
 
 @pytest.mark.parametrize("token_norm", [0.3, 1.0, 40.0])
-@pytest.mark.parametrize("hidden_dim", [8, 32, 128])
-def test_matched_starts_at_the_norm_of_a_token(token_norm: float, hidden_dim: int) -> None:
+@pytest.mark.parametrize(("hidden_dim", "share"), [(8, 0.1), (32, 0.1), (128, 0.5), (128, 2.0)])
+def test_matched_starts_at_the_norm_of_a_token(token_norm: float, hidden_dim: int, share: float) -> None:
     vectors = torch.randn(500, D, generator=torch.Generator().manual_seed(1))
     norms = []
     for seed in range(8):
-        phi = projector(seed, torch.randn(2, H), token_norm, prefix_tokens=2, hidden_dim=hidden_dim)
-        norms.append(phi(vectors).detach().norm(dim=-1).mean())
-    assert float(torch.stack(norms).mean()) == pytest.approx(token_norm, rel=0.03)
+        anchor = torch.randn(2, H)
+        phi = projector(seed, anchor, token_norm, prefix_tokens=2, hidden_dim=hidden_dim, user_scale=share)
+        norms.append(phi(vectors).detach().square().sum(-1).mean().sqrt())
+    assert float(torch.stack(norms).mean()) == pytest.approx(token_norm, rel=0.1 if share > 1 else 0.05)
 
 
 def test_the_user_term_of_matched_has_the_share_that_was_asked_for() -> None:
     vectors = torch.randn(500, D, generator=torch.Generator().manual_seed(1))
-    for share in (0.05, 0.3):
+    for share in (0.05, 0.3, 2.0):
         terms = []
         for seed in range(8):
             phi = projector(seed, torch.randn(1, H), 2.0, user_scale=share)
-            terms.append((phi(vectors) - phi.w2.bias.view(1, 1, H)).detach().norm(dim=-1).mean())
-        assert float(torch.stack(terms).mean()) == pytest.approx(share * 2.0, rel=0.05)
+            shared = phi.w2.bias.view(1, 1, H)
+            terms.append(((phi(vectors) - shared).norm(dim=-1).mean() / shared.norm()).detach())
+        assert float(torch.stack(terms).mean()) == pytest.approx(share, rel=0.05)
 
 
 def test_matched_points_where_its_anchor_does_for_users_the_null_user_and_the_static_control() -> None:

@@ -53,10 +53,12 @@ class PrefixProjector(nn.Module):
         with torch.no_grad():
             if config.norm == "matched":
                 start = torch.zeros(k, hidden_size) if anchor is None else _at_norm(anchor.float(), token_norm)
-                # After the LayerNorm the hidden vector has norm sqrt(width), so this is user_scale token norms.
-                spread = config.user_scale * token_norm / math.sqrt(config.hidden_dim * hidden_size)
+                # The shared term and the user term are at right angles, nearly, and together have one token's norm.
+                shared = 1 / math.sqrt(1 + config.user_scale**2)
+                # After the LayerNorm the hidden vector has norm sqrt(width).
+                spread = config.user_scale * shared * token_norm / math.sqrt(config.hidden_dim * hidden_size)
                 nn.init.normal_(self.w2.weight, std=spread)
-                self.w2.bias.copy_(start.flatten() / math.sqrt(1 + config.user_scale**2))
+                self.w2.bias.copy_(start.flatten() * shared)
             if config.input_norm == "l2":
                 self.null_vector.div_(self.null_vector.norm())
 
