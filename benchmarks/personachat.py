@@ -35,7 +35,7 @@ VARIANTS = {
 }
 
 
-def settings(tables: Path, embeddings: Path, backbone: str, output: Path, soft_tokens: int = 1) -> RunConfig:
+def settings(tables: Path, embeddings: Path, backbone: str, output: Path) -> RunConfig:
     """The settings that the search on validation data chose."""
     config = load_yaml(tables / "config.yaml")
     return replace(
@@ -44,7 +44,7 @@ def settings(tables: Path, embeddings: Path, backbone: str, output: Path, soft_t
         backbone=BackboneConfig(model=backbone, attn="eager"),
         # Relative, so that the committed results name no folder of the machine that made them.
         data=replace(config.data, examples=str(tables / "examples.parquet"), embeddings=str(embeddings)),
-        projector=ProjectorConfig(hidden_dim=512, user_scale=0.5, prefix_tokens=soft_tokens),
+        projector=ProjectorConfig(hidden_dim=512, user_scale=0.5),
         training=TrainingConfig(epochs=2, batch_size=32, learning_rate=1e-2, weight_decay=1.0),
         output=str(output),
     )
@@ -77,12 +77,11 @@ def main() -> None:
         )
         return
     # The static token sees no vectors, so the second experiment's is copied from the first.
-    plan = {"minilm": ("minilm", 1), "hidden states": ("hidden states", 1), "minilm, 4 soft tokens": ("minilm", 4)}
     static_from = {"hidden states": str(options.work / "run-minilm")}
     experiments = {}
-    for name, (vector, soft_tokens) in plan.items():
-        output = options.work / f"run-{name.replace(',', '').replace(' ', '-')}"
-        config = settings(tables, vectors[vector], options.backbone, output, soft_tokens)
+    for name, table in vectors.items():
+        output = options.work / f"run-{name.replace(' ', '-')}"
+        config = settings(tables, table, options.backbone, output)
         experiments[name] = run_seeds(config, options.seeds, console, static_from=static_from.get(name))
     write_results(options.out, experiments, "Next answers of the second speaker, split by groups of twin personas.")
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from e2p.config import RunConfig
 from e2p.evaluation.aggregate import aggregate
 from e2p.evaluation.audit import judge
-from e2p.evaluation.report import load_results, report
+from e2p.evaluation.report import load_results, write_report
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import text_encoder
 from e2p.provenance import provenance
@@ -46,7 +46,7 @@ def run_seeds(
                 if not (arm_folder(folder, arm) / "adapter").is_dir():
                     train_arm(one, backbone, inputs, arm, folder, console, resume=started)
             judge(folder, console)
-            report(str(folder))
+            write_report(folder)
         found.append(load_results(folder))
     return found
 
@@ -91,13 +91,12 @@ def search(config: RunConfig, variants: dict[str, dict[str, Any]], log: Path, co
         one = replace(one, output=f"{config.output}-{name}")
         encoder = text_encoder(backbone, one.data, one.projector.prefix_tokens)
         inputs = load_inputs(one.data, encoder, one.projector.position)
-        folder = prepare_folder(one, overwrite=True, resume=False)
+        shutil.rmtree(one.output, ignore_errors=True)
+        folder = prepare_folder(one, overwrite=False, resume=False)
         model, record = train_arm(one, backbone, inputs, arm, folder, console)
         entry = {"variant": name, "arm": arm, "changes": changes, "steps": record["steps"], **record["validation"]}
         if arm == "e2p":
-            rows = inputs.rows("validation")
-            exchanged = inputs.vector_rows.copy()
-            exchanged[rows] = deal(inputs.keys["user_id"].to_numpy()[rows], inputs.vector_rows[rows], [42, 3])
+            exchanged = deal(inputs, inputs.rows("validation"), [42, 3])
             entry["random"] = mean_loss(model, inputs.examples("validation", vector_rows=exchanged))
             entry["true_minus_random"] = entry["prefix"] - entry["random"]
         entry["training"] = asdict(one.training) | {"history": record["history"][-1]}

@@ -76,7 +76,8 @@ def results_summary() -> str:
     if len(lines) == 2:
         return ""
     note = (
-        "Differences are in nats per token, means over the seeds, negative is better; intervals are the hull of the "
+        "Differences are in nats per token, means over examples and seeds (perplexity is over all tokens together), "
+        "negative is better; intervals are the hull of the "
         "seeds' 95% intervals (bootstrap over users); p is the largest over the seeds (t-test clustered by user, "
         "Holm). All arms: [docs/results.md](docs/results.md)."
     )

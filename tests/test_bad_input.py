@@ -153,6 +153,10 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         lambda c: Path(c.backbone.model, "model.safetensors").write_bytes(b"\x08"),
         ["backbone.model: expected a causal language model at"],
     ),
+    "no such device": (
+        lambda c: None,
+        ["backbone.device: expected auto, cpu or a GPU that is there, got 'abacus'"],
+    ),
     "no tokenizer": (
         lambda c: [Path(c.backbone.model, f).unlink() for f in ("tokenizer.json", "tokenizer_config.json")],
         ["backbone.model"],
@@ -168,9 +172,9 @@ def refused(words: list[str], expected: list[str], capsys: pytest.CaptureFixture
     """Exit code 2 and one line on stderr that says all of it."""
     capsys.readouterr()
     code = main(words)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("e2p: error: ")]
-    assert (code, len(lines)) == (2, 1)
-    assert "Traceback" not in lines[0]
+    lines = capsys.readouterr().err.splitlines()
+    assert (code, len(lines)) == (2, 1), lines
+    assert lines[0].startswith("e2p: error: ")
     for text in expected:
         assert text in lines[0]
 
@@ -182,13 +186,15 @@ def test_a_bad_table_stops_the_training_before_anything_is_written(
     config = tiny_run(tmp_path, max_steps=1)
     change, expected = CASES[name]
     change(config)
+    if name == "no such device":
+        config = replace(config, backbone=replace(config.backbone, device="abacus"))
     yaml = write_config(config, tmp_path / "run.yaml")
     refused(["train", yaml], expected, capsys)
     assert not Path(config.output).exists()
     # An earlier run in its place survives, even where it was to be overwritten.
     Path(config.output).mkdir()
     shutil.copy(yaml, Path(config.output, "config.yaml"))
-    Path(config.output, "weights").write_bytes(b"precious")
+    Path(config.output, "scores.parquet").write_bytes(b"precious")
     before = tree(Path(config.output))
     refused(["train", yaml, "--overwrite"], expected, capsys)
     assert tree(Path(config.output)) == before
@@ -275,7 +281,7 @@ def test_a_spoilt_adapter_is_refused(
     ("changes", "expected"),
     [
         ({"hidden_size": 16}, "hidden_size 32 there, 16 here"),
-        ({"seed": 5}, "other weights (the embedding tables differ)"),
+        ({"seed": 5}, "other weights (the embedding tables differ by"),
     ],
 )
 def test_another_backbone_is_refused(
@@ -302,3 +308,23 @@ def test_results_that_cannot_be_read_are_refused(text: str, tmp_path: Path, caps
     (tmp_path / "results.json").write_text(text, encoding="utf-8")
     refused(["report", str(tmp_path)], [f"{tmp_path / 'results.json'}: "], capsys)
     assert tree(tmp_path) == {"results.json": text.encode()}
+
+
+@pytest.mark.parametrize("command", ["embed", "demo", "train"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    place = str(tmp_path / "file" / "out")
+    if command == "embed":
+        pl.DataFrame({"user_id": ["a"], "profile": ["likes jazz"]}).write_parquet(tmp_path / "texts.parquet")
+        words = ["embed", str(tmp_path / "texts.parquet"), "an-encoder-that-is-never-loaded", f"{place}.parquet"]
+    elif command == "demo":
+        words = ["demo", "--output", place]
+    else:
+        words = ["train", write_config(replace(tiny_run(tmp_path), output=place), tmp_path / "run.yaml")]
+    assert main(words) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "Not a directory" in said or "File exists" in said
+    assert "another" in said
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"

@@ -100,10 +100,20 @@ def test_the_version_is_said(run: Run) -> None:
         (["evaluate", "nowhere"], "run e2p train first"),
         (["generate", "nowhere-at-all", "hello"], "nowhere-at-all"),
         (["demo", "--seed", "x"], "\"seed\": Expected a <class 'int'>. Got value: x"),
-        (["train"], "backbone.model: expected a folder or a hub id, got nothing"),
+        (["train"], "data.examples: expected a table, got nothing"),
+        (["train", "--training.learning_rat", "3"], "unrecognized arguments: --training.learning_rat=3"),
+        (["generate", "x", "y", "--user", "007"], "unrecognized arguments: --user=007"),
+        (["generate", "x", ""], "prompt: expected a text"),
+        (["generate", "x", "y", "--users", "[]"], "users: expected at least one id"),
+        (["generate", "x", "y", "--max_new_tokens", "0"], "max_new_tokens: expected a whole number >= 1"),
+        (["generate", "x", "y", "--temperature", "-1"], "temperature: expected a number >= 0"),
         (["train", "nowhere.yaml"], "nowhere.yaml: expected a YAML with a run's settings, found no such file"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml: expected a YAML"),
         (["train", "--config"], "--config: expected one argument"),
+        (["train", "--evaluation.arms", "[]"], "evaluation.arms: expected some of none, prompt"),
+        (["train", "--evaluation.arms", "[e2p,none,e2p]"], "evaluation.arms: expected every arm once"),
+        (["train", "--evaluation.samples", "-1"], "evaluation.samples: expected a whole number >= 0, got -1"),
+        (["train", "--evaluation.max_new_tokens", "0"], "evaluation.max_new_tokens: expected a whole number >= 1"),
         (["train", "--preset", "nonsense"], "--preset: expected one of recommended, paper-full, paper-workshop"),
         (["train", "--preset"], "--preset: expected one of recommended"),
         (["train", "--training.nonsense", "1"], "unrecognized arguments: --training.nonsense=1"),
@@ -203,6 +213,9 @@ def test_switches_stand_bare_or_with_a_value() -> None:
         (["--users", "[u1,u2]"], ["u1", "u2"]),
         (["--users=[007, 8]"], ["007", "8"]),
         (["--users", "007"], ["007"]),
+        (["--users", "null"], ["null"]),
+        (["--users", "true", "--users=1e3"], ["true", "1e3"]),
+        (["--users", "a,b"], ["a,b"]),
         (["--users", "u1", "--users", "u2"], ["u1", "u2"]),
         (["--users", '["a,b"]'], ["a,b"]),
         ([], None),
@@ -216,6 +229,8 @@ def test_items_of_a_list_are_texts(words: list[str], users: list[str] | None) ->
 def test_the_arm_null_is_not_nothing() -> None:
     assert settings("--evaluation.arms", "[none, null,e2p]").evaluation.arms == ("none", "null", "e2p")
     assert settings("--evaluation.arms=['null']").evaluation.arms == ("null",)
+    assert settings("--evaluation.arms", "null").evaluation.arms == ("null",)
+    assert settings("--evaluation.arms", "none,e2p").evaluation.arms == ("none", "e2p")
 
 
 @pytest.mark.parametrize(
@@ -285,7 +300,7 @@ def test_every_preset_runs_from_training_to_an_answer(preset: str, place: Path, 
     assert code == 0
     assert "true minus random" in out
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert len(results["arms"]) == 8
+    assert len(results["arms"]) == (8 if preset == "recommended" else 7)  # the paper has no null user
     before = (folder / "report.html").read_bytes()
     (folder / "report.html").unlink()
     code, out, _ = run("report", str(folder))
@@ -297,6 +312,7 @@ def test_every_preset_runs_from_training_to_an_answer(preset: str, place: Path, 
     assert all(name in out for name in ("no prefix", "u01", "u02"))
     code, out, _ = run("generate", str(folder / "adapter"), "make a playlist", "--max_new_tokens", "4")
     assert (code, "null user" in out) == (0, True)
+    assert ("No null user was trained" in out) == (preset != "recommended")
 
 
 @pytest.mark.slow
@@ -305,18 +321,22 @@ def test_a_run_is_kept_overwritten_or_resumed_as_asked(tmp_path: Path, run: Run)
     file = write_config(config, tmp_path / "run.yaml")
     folder = Path(config.output)
     assert run("train", file)[0] == 0
-    (folder / "note").write_text("mine", encoding="utf-8")
+    (folder / "report.md").write_text("mine", encoding="utf-8")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     code, _, err = run("train", file)
     assert code == 2
     assert f"{folder}: expected a new run folder, found one; pass --overwrite or another --output" in err
     code, _, err = run("train", file, "--resume", "--training.max_steps", "3")
-    assert (code, "the settings differ" in err) == (2, True)
+    assert (code, "the settings differ" in err, "(training.max_steps)" in err) == (2, True, True)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert run("train", file, "--resume")[0] == 0
-    assert (folder / "note").exists()
+    assert (folder / "report.md").exists()
+    (folder / "note").write_text("mine", encoding="utf-8")
+    code, _, err = run("train", file, "--overwrite")
+    assert (code, "holds 'note', so it is no run folder" in err) == (2, True)
+    (folder / "note").unlink()
     assert run("train", file, "--overwrite", "--training.max_steps", "3")[0] == 0
-    assert not (folder / "note").exists()
+    assert not (folder / "report.md").exists()
     assert load_yaml(folder / "config.yaml") == with_training(config, max_steps=3)
 
 
@@ -367,3 +387,26 @@ def test_a_public_data_set_from_its_files_to_results(task: str, shared: Path, tm
     assert all(1 < arm["perplexity"] < 1000 for arm in results["arms"].values())
     assert results["arms"]["prompt"]["context_tokens"] > 10
     assert (folder / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_what_users_and_models_say_is_no_markup(
+    place: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(tmp_path, max_steps=1)
+    vectors = pl.read_parquet(config.data.embeddings)
+    odd = vectors.with_columns(user_id=pl.col("user_id").replace("u01", "[/b]null"))
+    odd.write_parquet(config.data.embeddings)
+    frame = pl.read_parquet(config.data.examples)
+    frame.with_columns(user_id=pl.col("user_id").replace("u01", "[/b]null")).write_parquet(config.data.examples)
+    assert run("train", write_config(config, tmp_path / "run.yaml"))[0] == 0
+    monkeypatch.setattr("e2p.model.e2p.E2PModel.generate", lambda *_, **__: ["[red]jazz[/i]", ""])
+    code, out, _ = run("generate", config.output, "say [/b] hi", "--users", '["[/b]null", "u02"]')
+    assert code == 0
+    assert all(text in out for text in ("say [/b] hi", "[/b]null", "[red]jazz[/i]", "(an empty answer)"))
+
+
+def test_a_group_of_commands_explains_itself(run: Run) -> None:
+    code, out, err = run("prepare", "--help")
+    assert (code, err) == (0, "")
+    assert [line.split(":")[0] for line in out.splitlines()] == ["e2p prepare personachat", "e2p prepare music"]

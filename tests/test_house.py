@@ -19,6 +19,7 @@ ORDER = (
     "errors",
     "config",
     "provenance",
+    "device",
     "data",
     "users",
     "model",

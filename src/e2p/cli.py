@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = next((n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS), None)
     if name is None:
         group = [n for n in COMMANDS if n.split()[0] == words[0]]
+        if group and words[1:] in (["-h"], ["--help"]):
+            print("\n".join(f"e2p {n}: {COMMANDS[n].summary}" for n in group))
+            return 0
         known = ", ".join(group) if group else ", ".join(COMMANDS)
         return _fail(f"expected a command ({known}), got '{' '.join(words[:2])}'; see e2p --help")
     command, rest = COMMANDS[name], words[len(name.split()) :]
@@ -61,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except E2PError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        go_on = "; go on with the same command and --resume" if name == "train" else ""
+        print(f"\ninterrupted{go_on}", file=sys.stderr)
         return 130
     return 0
 
@@ -97,9 +101,10 @@ def _parse(prog: str, function: Any, words: list[str]) -> dict[str, Any]:
         kinds |= dict(_kinds(get_type_hints(RunConfig)))
         parser = config_parser(prog)
         parser.add_function_arguments(function, skip={"config"}, as_group=False)
+        parser.usage = f"{prog} [run.yaml ...] [--preset {'|'.join(PRESETS)}] [options]"
         words = _configs_first(*_options(words, kinds))
     else:
-        parser = ArgumentParser(prog=prog, exit_on_error=False)
+        parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
         parser.add_function_arguments(function, as_group=False, as_positional=True)
         options, others = _options(words, kinds)
         words = others + options
@@ -144,11 +149,11 @@ def _options(words: list[str], kinds: Mapping[str, Any]) -> tuple[list[str], lis
                 options.append(word)  # the parser says what is missing
                 continue
             value = queue.pop(0)
-        if kind in (list, tuple) and value.startswith("[") and not set("'\"") & set(value):
+        if kind in (list, tuple) and not (value.startswith("[") and set("'\"") & set(value)):
             # Quoted here, since YAML would read 007 as a number and null as nothing.
-            value = json.dumps([item.strip() for item in value.strip("[]").split(",") if item.strip()])
-        elif kind is list and not value.startswith("["):
-            name += "+"
+            several = value.strip("[]").split(",") if value.startswith("[") or kind is tuple else [value]
+            name += "" if value.startswith("[") or kind is tuple else "+"
+            value = json.dumps([item.strip() for item in several if item.strip()])
         options.append(f"{name}={value}")
     return options, others
 

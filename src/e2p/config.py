@@ -223,7 +223,12 @@ class EvaluationConfig:
         object.__setattr__(self, "arms", tuple(self.arms))
         unknown = [arm for arm in self.arms if arm not in ARMS]
         _require(not unknown, "evaluation.arms", f"some of {', '.join(ARMS)}", ", ".join(unknown))
+        _require(bool(self.arms), "evaluation.arms", f"some of {', '.join(ARMS)}", self.arms)
+        twice = sorted({arm for arm in self.arms if self.arms.count(arm) > 1})
+        _require(not twice, "evaluation.arms", "every arm once", ", ".join(self.arms))
         _require(self.resamples >= 100, "evaluation.resamples", "a whole number >= 100", self.resamples)
+        _require(self.samples >= 0, "evaluation.samples", "a whole number >= 0", self.samples)
+        _require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", "a whole number >= 1", self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -254,7 +259,7 @@ def config_parser(prog: str | None = None) -> Any:
     """jsonargparse parser whose keys are those of :class:`RunConfig`; the CLI adds its own arguments to it."""
     from jsonargparse import ArgumentParser  # here: half of the start-up time of `e2p --help`
 
-    parser = ArgumentParser(prog=prog, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML with any of the settings below")
     parser.add_class_arguments(RunConfig)
     return parser

@@ -24,7 +24,7 @@ from e2p.data.tables import (
     write_embeddings,
     write_frame,
 )
-from e2p.errors import DataError
+from e2p.errors import DataError, RunError
 
 NOON = "2024-05-01T12:00:00Z"
 EXAMPLE = {"user_id": "u1", "prompt": "Hello", "completion": "Hi"}
@@ -265,7 +265,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError("disk full")
 
     monkeypatch.setattr(pl.DataFrame, "write_parquet", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunError, match=r"t\.parquet: cannot be written: disk full"):
         write_frame(tmp_path / "t.parquet", pl.DataFrame({"a": [2]}))
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
     assert pl.read_parquet(tmp_path / "t.parquet")["a"].to_list() == [1]

@@ -109,10 +109,20 @@ def test_after_system_is_right_behind_the_system_turn(template: str, expected: s
         assert encoded.after_bos == int(expected.startswith("<|bos|>"))
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, CHATML_WITH_DEFAULT, STRICT])
+@pytest.mark.parametrize("template", [TEMPLATE, STRICT, REFUSES_SYSTEM])
 def test_without_a_system_turn_it_is_behind_bos(template: str) -> None:
-    encoded = encoder(tiny_tokenizer(template)).prompt([USER])
-    assert encoded.after_system == encoded.after_bos == int(template is not CHATML_WITH_DEFAULT)
+    for messages in ([USER], [USER, ANSWER, USER]):
+        encoded = encoder(tiny_tokenizer(template)).prompt(messages)
+        assert encoded.after_system == encoded.after_bos == 1
+
+
+def test_a_system_turn_that_the_template_inserts_counts_as_one() -> None:
+    tokenizer = tiny_tokenizer(CHATML_WITH_DEFAULT)
+    for messages in ([USER], [USER, ANSWER, USER]):
+        encoded = encoder(tokenizer).prompt(messages)
+        assert encoded.after_bos == 0
+        inserted = text(tokenizer, encoded.ids[: encoded.after_system])
+        assert inserted == "<|system|>You are a helpful assistant.<|eos|>\n"
 
 
 def test_all_users_share_the_ids_before_after_system(tokenizer: Any) -> None:
@@ -256,12 +266,14 @@ def test_truncation_drops_the_oldest_turns_and_keeps_the_system_turn(template: s
         try:
             cut = one.prompt([SYSTEM, *turns])
         except DataError as error:
-            assert "last turn alone" in str(error)  # noqa: PT017
+            assert "around the last turn's text" in str(error)  # noqa: PT017
             break
         assert len(cut.ids) <= limit
         assert cut.cut == len(full.ids) - len(cut.ids)
         shown = text(tokenizer, cut.ids)
         kept = [i for i in range(7) if f"turn {i}" in shown]
+        if not kept:  # of the last turn only the end is left: see the test below
+            continue
         assert kept == list(range(kept[0], 7))
         assert "be kind" in shown
         assert text(tokenizer, cut.ids[: cut.after_system]) == text(tokenizer, full.ids[: full.after_system])
@@ -283,6 +295,16 @@ def test_truncation_keeps_the_newest_tokens_of_a_plain_text(plain_tokenizer: Any
         one.prompt("hello", "the user likes slow jazz and old soul music " * 9)
 
 
-def test_a_last_turn_that_is_too_long_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="last turn alone"):
-        encoder(tokenizer, max_prompt_tokens=5, long_prompt="truncate").prompt("the user likes slow jazz")
+def test_of_a_last_turn_that_is_too_long_the_oldest_tokens_go(tokenizer: Any) -> None:
+    long = "the user likes slow jazz and old soul music"
+    full = encoder(tokenizer).prompt(long)
+    frame = len(encoder(tokenizer).prompt("x").ids) - 1
+    for limit in range(frame + 1, len(full.ids)):
+        cut = encoder(tokenizer, max_prompt_tokens=limit, long_prompt="truncate").prompt(long)
+        assert len(cut.ids) <= limit
+        assert cut.cut == len(full.ids) - len(cut.ids)
+        shown = text(tokenizer, cut.ids).removeprefix("<|bos|><|user|> ").removesuffix("<|eos|><|assistant|>")
+        assert long.endswith(shown.strip())
+        assert shown.strip() or limit == frame + 1
+    with pytest.raises(DataError, match=r"around the last turn's text has 5 tokens"):
+        encoder(tokenizer, max_prompt_tokens=frame, long_prompt="truncate").prompt(long)

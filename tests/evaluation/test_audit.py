@@ -182,3 +182,76 @@ def test_the_tables_of_the_fixture_are_what_they_say(tmp_path: Path) -> None:
     assert frame.group_by("user_id").agg(pl.col("split").n_unique())["split"].max() == 1
     assert frame.filter(pl.col("split") == "test")["user_id"].unique().sort().to_list() == ["u16", "u17", "u18", "u19"]
     assert pl.read_parquet(embeddings)["embedding"].to_numpy().sum(1).tolist() == [1.0] * 20
+
+
+def test_a_training_user_cannot_become_a_test_user(config: RunConfig) -> None:
+    """One user fewer, and the seeded split falls elsewhere."""
+    examples = examples_frame().drop("split")
+    examples.write_parquet(config.data.examples)
+    train(config)
+    examples.filter(pl.col("user_id") != "u07").write_parquet(config.data.examples)
+    with pytest.raises(RunError, match="expected the tables that it was trained on, got other examples and split and"):
+        judge(config.output)
+    examples.write_parquet(config.data.examples)
+    assert set(judge(config.output)["arms"]) == {"none", "static", "e2p"}
+
+
+def test_one_test_user_is_refused_before_controls_are_trained(config: RunConfig) -> None:
+    examples = examples_frame().with_columns(
+        split=pl.when(pl.col("user_id").is_in(["u17", "u18", "u19"])).then(pl.lit("train")).otherwise("split")
+    )
+    examples.write_parquet(config.data.examples)
+    train(config)
+    with pytest.raises(DataError, match="expected at least two users, got 1"):
+        judge(config.output)
+    assert not (Path(config.output) / "controls").exists()
+
+
+def with_arms(config: RunConfig, *arms: str, **changes: Any) -> RunConfig:
+    return replace(config, evaluation=replace(config.evaluation, arms=arms, **changes))
+
+
+def test_a_profile_too_long_for_the_window_costs_the_prompt_arms_alone(config: RunConfig) -> None:
+    examples = examples_frame().with_columns(profile=pl.lit("likes jazz " * 40))
+    examples.write_parquet(config.data.examples)
+    train(with_arms(config, "none", "prompt", "e2p"))
+    results = judge(config.output)
+    assert set(results["arms"]) == {"none", "e2p"}
+    assert "prompt and e2p+prompt are left out" in results["warnings"][0]
+    assert "expected a prompt of at most 64 tokens" in results["warnings"][0]
+
+
+def test_turns_that_a_profile_pushes_out_are_counted(config: RunConfig) -> None:
+    turns = [{"role": ("user", "assistant")[n % 2], "content": "make a playlist for the train home"} for n in range(3)]
+    frame = examples_frame().drop("prompt").with_columns(messages=pl.Series([turns] * 40))
+    frame.write_parquet(config.data.examples)
+    config = with_arms(config, "none", "prompt", "e2p")
+    size = len(inputs_of(config)[1].tokens[0].prompt)
+    train(replace(config, data=replace(config.data, max_prompt_tokens=size, long_prompt="truncate")))
+    results = judge(config.output)
+    assert any("8 of 8 prompts lost older turns" in warning for warning in results["warnings"])
+    assert results["arms"]["prompt"]["context_tokens"] > 0
+
+
+def test_an_untrained_null_user_is_not_judged(config: RunConfig) -> None:
+    config = replace(with_arms(config, "none", "null", "e2p"), projector=replace(config.projector, null_prob=0.0))
+    train(config)
+    results = judge(config.output)
+    assert set(results["arms"]) == {"none", "e2p"}
+    assert "null user has not been trained" in results["warnings"][0]
+
+
+def test_sample_answers_fit_in_the_window_and_cost_nothing_if_they_fail(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(with_arms(config, "none", "e2p", max_new_tokens=500))  # of a window of 192
+    assert len(judge(config.output)["samples"][0]["answers"]) == 2
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise DataError("no answer")
+
+    monkeypatch.setattr("e2p.model.e2p.E2PModel.generate", fail)
+    results = judge(config.output)
+    assert results["samples"] == []
+    assert results["warnings"] == ["No sample answers: no answer"]
+    assert load_results(Path(config.output))["arms"] == results["arms"]

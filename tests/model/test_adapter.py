@@ -20,6 +20,7 @@ from e2p.errors import AdapterError
 from e2p.model import adapter
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel
+from tiny import tiny_backbone
 
 TEXT = DataConfig(max_prompt_tokens=40, max_completion_tokens=16)
 
@@ -76,6 +77,11 @@ def test_four_files_and_nothing_else(saved: Path) -> None:
         "null_vector",
     }
     assert set(load_file(saved / adapter.STATS)) == {"mean", "scale"}
+
+
+def test_the_files_are_for_all_who_may_read_the_others(saved: Path) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in saved.iterdir()}
+    assert len(set(modes.values())) == 1, modes
 
 
 def test_the_record_names_what_it_was_trained_with(saved: Path) -> None:
@@ -256,7 +262,7 @@ def test_what_is_not_ours_is_never_overwritten(
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("failing", ["save_file", "write_text", "replace 1", "replace 2"])
+@pytest.mark.parametrize("failing", ["save", "write_text", "replace 1", "replace 2"])
 def test_a_failed_save_leaves_the_old_adapter(
     model: E2PModel, folder: Path, llama: FrozenBackbone, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -273,8 +279,8 @@ def test_a_failed_save_leaves_the_old_adapter(
         original(source, target)
 
     with monkeypatch.context() as patch:
-        if failing == "save_file":
-            patch.setattr("safetensors.torch.save_file", full)
+        if failing == "save":
+            patch.setattr("safetensors.torch.save", full)
         elif failing == "write_text":
             patch.setattr(Path, "write_text", full)
         else:
@@ -292,8 +298,35 @@ def test_a_parent_that_is_a_file_is_one_line(model: E2PModel, tmp_path: Path) ->
 
 
 def test_differences_name_what_differs_and_forgive_rounding() -> None:
-    one = {"model_type": "llama", "layers": 2, "embedding_norms": [1.0, 2.0]}
+    one = {"model_type": "llama", "layers": 2, "embedding_norms": [1.0, 2.0], "hidden_state": [1.0, -1.0]}
+    assert adapter.differences(one, {**one, "hidden_state": [1.05, -0.95]}) == []
+    assert "hidden states differ by 2" in adapter.differences(one, {**one, "hidden_state": [1.2, -0.7]})[0]
     assert adapter.differences(one, {**one, "embedding_norms": [1.01, 1.99]}) == []
     assert adapter.differences(one, {**one, "layers": 3}) == ["layers 2 there, 3 here"]
     assert "other weights" in adapter.differences(one, {**one, "embedding_norms": [1.0, 2.2]})[0]
     assert adapter.differences(one, {"model_type": "llama", "layers": 2})
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_backbone_with_one_other_layer_is_refused(folder: Path, layer: int) -> None:
+    """Two fine-tunes of one model have the same sizes and almost the same token embeddings."""
+    other = tiny_backbone("llama")
+    with torch.no_grad():
+        other.model.model.layers[layer].mlp.down_proj.weight.normal_(std=0.25)
+    assert "other weights (the hidden states differ" in refused(folder, other)
+
+
+def test_half_precision_is_the_same_backbone(folder: Path) -> None:
+    other = tiny_backbone("llama")
+    E2PModel.from_pretrained(folder, FrozenBackbone(other.model.bfloat16(), other.tokenizer))
+
+
+def test_other_library_versions_are_said_beside_what_differs(
+    folder: Path, llama: FrozenBackbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = json.loads((folder / adapter.CONFIG).read_text(encoding="utf-8"))
+    change(folder, versions={**record["versions"], "transformers": "5.0.0"})
+    with caplog.at_level("INFO", logger="e2p"):
+        E2PModel.from_pretrained(folder, llama)
+    assert "transformers 5.0.0 there" in caplog.text
+    assert "transformers 5.0.0 there" in refused(folder, tiny_backbone("llama", seed=1))

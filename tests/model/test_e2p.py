@@ -278,3 +278,27 @@ def test_a_window_without_room_for_a_prompt_is_refused() -> None:
         E2PModel.from_backbone(tiny_backbone("llama", max_position_embeddings=100), 4)
     model = E2PModel.from_backbone(tiny_backbone("llama", max_position_embeddings=140), 4)
     assert model.encoder.max_prompt_tokens == 140 - 1 - 128
+
+
+def test_score_cuts_nothing_and_takes_many_rows_in_passes(
+    llama: FrozenBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(llama)
+    long = "the user likes slow jazz and old soul music "  # three times the limit of a training's completion
+    texts = [long * 3, long * 3 + "hello", *COMPLETIONS]
+    prompts, vectors = ["make a playlist"] * 5, [*VECTORS, None, VECTORS[0]]
+    alone = [model.score(p, [c], [v])[0] for p, c, v in zip(prompts, texts, vectors, strict=True)]
+    limit = model.encoder.max_completion_tokens
+    assert [score.tokens > limit for score in alone] == [True, True, False, False, False]
+    assert alone[1].logprob < alone[0].logprob - 1
+    passes = []
+    forward = E2PModel.forward
+    monkeypatch.setattr("e2p.model.e2p._TOKENS_PER_PASS", 90)
+    monkeypatch.setattr(E2PModel, "forward", lambda self, b, *rest: passes.append(len(b)) or forward(self, b, *rest))
+    together = model.score(prompts, texts, vectors)
+    assert len(passes) > 2
+    assert sum(passes) == 5
+    assert [s.tokens for s in together] == [s.tokens for s in alone]
+    assert [s.logprob for s in together] == pytest.approx([s.logprob for s in alone], rel=1e-4)
+    with pytest.raises(DataError, match=r"score: row 1: .*window of 192 tokens, got \d+; shorten"):
+        model.score(prompts[:2], ["soul", long * 30])

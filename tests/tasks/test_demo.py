@@ -56,6 +56,18 @@ def test_the_demo_runs_from_simulation_to_report(tmp_path: Path, capsys: pytest.
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before  # the tables too
 
 
+def test_the_demo_overwrites_no_folder_that_only_bears_its_tables_name(tmp_path: Path) -> None:
+    tables = tmp_path / "mine-data"
+    tables.mkdir()
+    for name, overwrite in [("examples.parquet", False), ("thesis.tex", True)]:
+        (tables / name).write_text("precious", encoding="utf-8")
+        with pytest.raises(RunError, match="mine-data: expected no such folder"):
+            run_demo(tmp_path / "mine", WORLD, BACKBONE, tiny_settings(tmp_path / "cache"), overwrite)
+        assert (tables / name).read_text(encoding="utf-8") == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine-data"]
+    assert demo_module._free(tmp_path / "mine").name == "mine-2"
+
+
 @dataclass
 class Known:
     """A world of three examples whose likelihoods are known."""

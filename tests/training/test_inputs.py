@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e2p.config import RunConfig, SplitConfig
-from e2p.data.tables import write_embeddings
+from e2p.data.tables import EmbeddingTable, write_embeddings
+from e2p.data.tokenised import TokenisedExamples
 from e2p.errors import ConfigError, DataError
 from e2p.training.inputs import RunInputs, deal
 from e2p.training.run import shuffled_rows
 from tiny_run import WORDS, examples_frame, inputs_of, tiny_run
+
+TIME = pl.Datetime("us", "UTC")
 
 
 @pytest.fixture
@@ -126,35 +130,62 @@ def test_statistics_are_of_training_users_alone(config: RunConfig) -> None:
 # ---------------------------------------------------------------- dealing
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(-1, 30)), min_size=1, max_size=60),
-    st.integers(0, 2**32 - 1),
-)
-def test_nobody_is_dealt_a_vector_of_his_own(pairs: list[tuple[int, int]], seed: int) -> None:
-    users = np.array([f"u{user}" for user, _ in pairs])
-    # Rows of the table belong to one user each.
-    rows = np.array([row * 10 + user if row >= 0 else -1 for user, row in pairs], np.int64)
-    owners = {int(row): user for row, user in zip(rows, users, strict=True) if row >= 0}
-    known = set(owners.values())
+def inputs_by_hand(examples: list[tuple[int, int]], vectors: list[tuple[int, int]]) -> RunInputs:
+    """Examples (user, week) and vectors (user, week), joined by a loop."""
+
+    def times(weeks: list[int]) -> pl.Series:
+        return pl.Series([datetime(2024, 1, 1, tzinfo=UTC) + timedelta(weeks=w) for w in weeks], dtype=TIME)
+
+    def newest(user: int, week: int) -> int:
+        older = [(w, at) for at, (owner, w) in enumerate(vectors) if owner == user and w <= week]
+        return max(older)[1] if older else -1
+
+    users, weeks = [f"u{user}" for user, _ in examples], [week for _, week in examples]
+    keys = pl.DataFrame({"row": range(len(examples)), "user_id": users, "timestamp": times(weeks)})
+    owners = pl.DataFrame({"user_id": [f"u{u}" for u, _ in vectors], "timestamp": times([w for _, w in vectors])})
+    table = EmbeddingTable(owners, np.zeros((len(vectors), 1), np.float32), "vectors")
+    rows = np.array([newest(user, week) for user, week in examples], np.int64)
+    nothing = object.__new__(TokenisedExamples)
+    return RunInputs(keys, np.zeros(len(examples), np.int8), rows, table, nothing, "before_completion", {})
+
+
+PAIRS = st.tuples(st.integers(0, 5), st.integers(0, 9))
+
+
+@given(st.lists(PAIRS, min_size=1, max_size=40), st.lists(PAIRS, min_size=1, max_size=30, unique=True), st.data())
+def test_everybody_is_dealt_one_others_vectors_as_of_his_own_examples(
+    examples: list[tuple[int, int]], vectors: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    inputs = inputs_by_hand(examples, vectors)
+    part = data.draw(st.lists(st.sampled_from(range(len(examples))), min_size=1, unique=True).map(sorted).map(np.array))
+    seed = [data.draw(st.integers(0, 99))]
+    known = {examples[at][0] for at in part if inputs.vector_rows[at] >= 0}
     if len(known) < 2:
         with pytest.raises(DataError, match=f"expected at least two users with a vector.*got {len(known)}"):
-            deal(users, rows, [seed])
+            deal(inputs, part, seed)
         return
-    dealt = deal(users, rows, [seed])
-    assert ((dealt < 0) == (rows < 0)).all()
-    given_to: dict[str, set[str]] = {}
-    for user, row in zip(users, dealt, strict=True):
-        if row >= 0:
-            assert owners[int(row)] != user
-            given_to.setdefault(str(user), set()).add(owners[int(row)])
-    assert all(len(others) == 1 for others in given_to.values())
+    dealt = deal(inputs, part, seed)
+    assert (deal(inputs, part, seed) == dealt).all()
+    rest = np.setdiff1d(np.arange(len(examples)), part)
+    assert (dealt[rest] == inputs.vector_rows[rest]).all()
+    given_to: dict[int, set[int]] = {}
+    for at in part:
+        (user, week), own = examples[at], inputs.vector_rows[at]
+        assert (dealt[at] < 0) == (own < 0)
+        if own < 0:
+            continue
+        owner, made = vectors[dealt[at]]
+        given_to.setdefault(user, set()).add(owner)
+        weeks = [w for u, w in vectors if u == owner]
+        assert made == max((w for w in weeks if w <= week), default=min(weeks))
+    assert all(len(others) == 1 and user not in others for user, others in given_to.items())
     assert {next(iter(others)) for others in given_to.values()} == known  # a permutation of the users
-    assert (deal(users, rows, [seed]) == dealt).all()
 
 
 def test_another_seed_deals_anew() -> None:
-    users, rows = np.array([f"u{i}" for i in range(30)]), np.arange(30)
-    assert (deal(users, rows, [1]) != deal(users, rows, [2])).any()
+    inputs = inputs_by_hand([(user, 0) for user in range(30)], [(user, 0) for user in range(30)])
+    everyone = np.arange(30)
+    assert (deal(inputs, everyone, [1]) != deal(inputs, everyone, [2])).any()
 
 
 def test_shuffled_rows_exchange_the_users(config: RunConfig) -> None:

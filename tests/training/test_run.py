@@ -138,20 +138,21 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_a_run_folder_is_never_overwritten_unasked(config: RunConfig) -> None:
     folder = prepare_folder(config, overwrite=False, resume=False)
     assert load_yaml(folder / "config.yaml") == config
-    (folder / "precious").write_text("x", encoding="utf-8")
+    (folder / "scores.parquet").write_text("x", encoding="utf-8")
     before = tree(folder)
     with pytest.raises(RunError, match="expected a new run folder, found one; pass --overwrite"):
         train(config)
     assert tree(folder) == before
     prepare_folder(config, overwrite=True, resume=False)
     assert set(tree(folder)) == {"config.yaml"}
+    assert tree(folder.with_name(f"{folder.name}.replaced")) == before
 
 
 def test_what_is_no_run_is_not_overwritten_even_if_asked(config: RunConfig) -> None:
     folder = Path(config.output)
     folder.mkdir()
     (folder / "thesis.tex").write_text("x", encoding="utf-8")
-    with pytest.raises(RunError, match=r"holds no config\.yaml, so it is no run folder"):
+    with pytest.raises(RunError, match=r"holds 'thesis\.tex', so it is no run folder"):
         train(config, overwrite=True)
     assert tree(folder) == {"thesis.tex": b"x"}
 
@@ -297,3 +298,51 @@ def test_phi_learns_the_user_and_the_shuffled_control_does_not(tmp_path: Path) -
     }
     assert saved["static"] == saved["e2p"] - {"null_vector"}
     assert saved["shuffled"] == saved["e2p"]
+
+
+@pytest.mark.parametrize("bad", ["init_text", "diverged"])
+def test_a_run_is_replaced_only_by_one_that_got_somewhere(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    train(config)
+    folder, kept = Path(config.output), Path(f"{config.output}.replaced")
+    before = tree(folder)
+    if bad == "init_text":  # found out when phi is made, after the tables were read
+        monkeypatch.setattr("e2p.training.run.E2PModel.from_backbone", failing(ConfigError("init_text")))
+        with pytest.raises(ConfigError, match="init_text"):
+            train(config, overwrite=True)
+        assert tree(folder) == before
+        assert not kept.exists()
+    else:  # after its first checkpoint: both are kept, and a further failure costs neither the first
+        for _ in range(2):
+            with monkeypatch.context() as patch:
+                patch.setattr("e2p.training.trainer.E2PTrainer.mean_loss", lambda *_, **__: float("nan"))
+                with pytest.raises(RunError, match="diverged"):
+                    train(config, overwrite=True)
+            assert tree(kept) == before
+    monkeypatch.undo()
+    train(with_training(config, max_steps=3), overwrite=True)
+    assert record(config)["steps"] == 3
+    assert not kept.exists()
+
+
+def failing(error: Exception) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("what", ["examples", "vectors", "split"])
+def test_an_interrupted_run_is_not_resumed_on_other_tables(config: RunConfig, what: str) -> None:
+    train(config)
+    before = tree(Path(config.output))
+    examples, vectors = pl.read_parquet(config.data.examples), pl.read_parquet(config.data.embeddings)
+    if what == "vectors":
+        vectors[::-1].with_columns(user_id=vectors["user_id"]).write_parquet(config.data.embeddings)
+    else:
+        column = {"examples": {"completion": pl.lit("home home")}, "split": {"split": pl.col("split").reverse()}}[what]
+        examples.with_columns(**column).write_parquet(config.data.examples)
+    with pytest.raises(RunError, match=rf"expected the tables that it was trained on, got other .*{what}"):
+        train(config, resume=True)
+    assert tree(Path(config.output)) == before

@@ -169,11 +169,17 @@ def test_embed_keeps_a_user_s_texts_apart_by_time(llama: str, tmp_path: Path) ->
 def test_embed_overwrites_only_when_asked(tmp_path: Path, llama: str) -> None:
     source, output = write(tmp_path / "t.jsonl", [{"user_id": "a", "profile": "tea"}]), tmp_path / "e.parquet"
     output.write_bytes(b"precious")
-    with pytest.raises(RunError, match=r"e\.parquet: is there already; choose another name or set overwrite"):
+    with pytest.raises(RunError, match=r"e\.parquet: is there already; choose another name or pass --overwrite"):
         embed(source, llama, str(output))
     assert output.read_bytes() == b"precious"
     embed(source, llama, str(output), overwrite=True)
     assert open_embeddings(str(output)).dim == 16
+    texts = tmp_path / "texts.parquet"
+    pl.DataFrame([{"user_id": "a", "profile": "tea"}]).write_parquet(texts)
+    before = texts.read_bytes()
+    with pytest.raises(RunError, match="expected another file than the texts are in"):
+        embed(str(texts), llama, str(texts), overwrite=True)
+    assert texts.read_bytes() == before
 
 
 A = {"user_id": "a", "profile": "tea"}

@@ -27,7 +27,7 @@ from e2p.data.checks import (
 )
 from e2p.data.sources import Table, cache_root, locator, open_table, to_utc
 from e2p.data.vectors import Vectors, VectorSink, require_finite, to_vectors
-from e2p.errors import DataError
+from e2p.errors import DataError, RunError
 
 KEY_COLUMNS = ("example_id", "user_id", "timestamp", "group", "split")
 TEXT_COLUMNS = ("prompt", "messages", "completion", "profile", "label", "item_id")
@@ -199,12 +199,33 @@ def write_embeddings(
 
 
 def write_frame(path: str | Path, frame: pl.DataFrame) -> None:
-    """Write a frame as Parquet so that a reader sees the old file or the new one, never half of one."""
+    """Write a frame as Parquet so that a reader sees the old file or the new one, never half of one.
+
+    Raises:
+        RunError: it cannot be written there.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        frame.write_parquet(Path(folder, target.name))
-        os.replace(Path(folder, target.name), target)
+    require_folder(target.parent)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            frame.write_parquet(Path(folder, target.name))
+            os.replace(Path(folder, target.name), target)
+    except (OSError, pl.exceptions.ComputeError) as error:
+        raise RunError(f"{path}: cannot be written: {error}; make room or name another place") from None
+
+
+def require_folder(folder: Path) -> None:
+    """Make a folder for output, with its parents; before long work, so that it is not done for nothing.
+
+    Raises:
+        RunError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{folder}: expected a folder to write to, got: {reason}; name another place") from None
 
 
 def _open_examples(source: str) -> Table:

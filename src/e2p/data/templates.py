@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from e2p.errors import ConfigError, DataError
@@ -33,6 +34,11 @@ class EncodedPrompt:
     after_bos: int
     after_system: int
     cut: int = 0
+
+    @property
+    def full(self) -> int:
+        """Tokens before anything was dropped."""
+        return len(self.ids) + self.cut
 
 
 class TextEncoder:
@@ -81,8 +87,8 @@ class TextEncoder:
             return encoded
         if self.long_prompt == "error":
             raise DataError(
-                f"expected a prompt of at most {limit} tokens, got {full}; "
-                "raise data.max_prompt_tokens or set data.long_prompt to truncate"
+                f"expected a prompt of at most {limit} tokens, got {full}; set data.long_prompt to truncate, or raise "
+                "data.max_prompt_tokens as far as the backbone's window leaves room beside data.max_completion_tokens"
             )
         if messages is None:  # keep what leads the text (BOS, profile) and the newest tokens
             head = encoded.ids[: encoded.after_system]
@@ -102,16 +108,31 @@ class TextEncoder:
                 continue
             if len(encoded.ids) <= limit:
                 return EncodedPrompt(encoded.ids, encoded.after_bos, encoded.after_system, full - len(encoded.ids))
+        last = turns[-1]
+        content = self._ids(last["content"], False)
+        while len(content) > (over := len(encoded.ids) - limit):
+            content = content[over:]
+            shorter = {**last, "content": self.tokenizer.decode(content)}
+            encoded = self._encode(prompt, [*system, shorter], profile)
+            if len(encoded.ids) <= limit:
+                return EncodedPrompt(encoded.ids, encoded.after_bos, encoded.after_system, full - len(encoded.ids))
         raise DataError(
-            f"the last turn alone has {len(encoded.ids)} tokens, more than data.max_prompt_tokens {limit}; raise it"
+            f"what stands around the last turn's text has {len(encoded.ids) - len(content)} tokens, which leaves no "
+            f"room in data.max_prompt_tokens {limit}; raise it"
         )
 
-    def completion(self, prompt: Prompt, encoded: EncodedPrompt, text: str) -> list[int]:
+    def completion(self, prompt: Prompt, encoded: EncodedPrompt, text: str, cut: bool = True) -> list[int]:
         """Ids of a completion, ended by the end-of-sequence token, so that prompt + completion is what generation sees.
 
         The prompt is rendered with its answer and tokenised as one text. Where that begins with exactly the prompt's
         own ids, the rest is the completion; where the tokenizer merges across the boundary, the completion is
         tokenised alone, because generation starts from the prompt's own ids.
+
+        Args:
+            prompt: the prompt as it was given to :meth:`prompt`.
+            encoded: what came of it.
+            text: the completion.
+            cut: whether a completion longer than ``max_completion_tokens`` is cut there.
         """
         messages = self._messages(prompt, None)
         if messages is None:
@@ -123,18 +144,22 @@ class TextEncoder:
             if answered.startswith(rendered):
                 ids = self._after(rendered, answered[len(rendered) :], special=False)
             else:  # a template that writes the answer's turn in another way than its generation prompt
-                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+                ids = self._ids(text, False)
         end = self.tokenizer.eos_token_id
         if end is not None:
             ids = [*ids[: ids.index(end)], end] if end in ids else [*ids, end]
-        return ids[: self.max_completion_tokens]
+        return ids[: self.max_completion_tokens] if cut else ids
 
     def _after(self, prompt: str, text: str, special: bool) -> list[int]:
-        prompt_ids = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
-        together = self.tokenizer(prompt + text, add_special_tokens=special)["input_ids"]
+        prompt_ids = self._ids(prompt, special)
+        together = self._ids(prompt + text, special)
         if together[: len(prompt_ids)] == prompt_ids and len(together) > len(prompt_ids):
             return together[len(prompt_ids) :]
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._ids(text, False)
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        # verbose=False: no warning about the model's window, which is checked here.
+        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
     def _messages(self, prompt: Prompt, profile: str | None) -> list[dict[str, str]] | None:
         """Messages of a chat prompt with the profile merged in, or None for a plain text."""
@@ -161,12 +186,16 @@ class TextEncoder:
     def _encode(self, prompt: Prompt, messages: list[dict[str, str]] | None, profile: str | None) -> EncodedPrompt:
         if messages is None:
             lead = f"{self._profile(profile)}\n\n" if profile else ""
-            ids = self.tokenizer(lead + str(prompt), add_special_tokens=True)["input_ids"]
-            system = len(self.tokenizer(lead, add_special_tokens=True)["input_ids"]) if lead else 0
+            ids = self._ids(lead + str(prompt), True)
+            system = len(self._ids(lead, True)) if lead else 0
         else:
             rendered = self._render(messages, generate=True)
-            ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-            system = self._system_end(messages, rendered) if messages[0]["role"] == "system" else 0
+            ids = self._ids(rendered, False)
+            if messages[0]["role"] == "system":
+                system = self._system_end(messages, rendered)
+            else:
+                system = self._tokens_before(rendered, len(self._inserted))
+                system *= rendered.startswith(self._inserted)
         if not ids:
             raise DataError("expected a prompt with at least one token, got an empty text")
         after_bos = int(ids[0] == self.tokenizer.bos_token_id)
@@ -177,7 +206,7 @@ class TextEncoder:
         content = messages[0]["content"].strip()
         start = rendered.find(content)
         if start < 0 or len(messages) < 2:
-            return len(self.tokenizer(rendered, add_special_tokens=False)["input_ids"]) if start >= 0 else 0
+            return len(self._ids(rendered, False)) if start >= 0 else 0
         try:  # the system turn alone, where a template renders it as it stands at the head of the prompt
             alone = self._render(messages[:1], generate=False)
         except DataError:
@@ -191,8 +220,28 @@ class TextEncoder:
             while shared < min(len(rest), len(rendered)) and rest[-1 - shared] == rendered[-1 - shared]:
                 shared += 1
             cut = max(len(rendered) - shared, start + len(content))
+        return self._tokens_before(rendered, cut)
+
+    def _tokens_before(self, rendered: str, cut: int) -> int:
+        if not cut:
+            return 0
         encoding = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         return sum(1 for begin, _ in encoding["offset_mapping"] if begin < cut)
+
+    @cached_property
+    def _inserted(self) -> str:
+        """What the template itself puts before a first user turn, such as a system turn of its own; often nothing.
+
+        Told by a system turn of ours, which takes its place: what follows it is the user turn.
+        """
+        ours, turn = {"role": "system", "content": "abc"}, {"role": "user", "content": "xyz"}
+        try:
+            bare = self._render([turn], generate=True)
+            alone, both = self._render([ours], generate=False), self._render([ours, turn], generate=True)
+        except DataError:  # a template without system turns
+            return ""
+        follows = both.removeprefix(alone)
+        return bare.removesuffix(follows) if follows != both and bare.endswith(follows) else ""
 
     def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
         try:

@@ -22,7 +22,7 @@ from e2p.data.tables import content_key, example_batches
 from e2p.data.templates import TextEncoder
 from e2p.errors import DataError
 
-_FORMAT = "tokenised-2"
+_FORMAT = "tokenised-3"
 _CHUNK_ROWS = 1024  # as Python lists, ids take ten times their size on disk
 _SCHEMA = pa.schema(
     [
@@ -174,7 +174,7 @@ def _encoded(source: str, frame: Any, encoder: TextEncoder, with_profile: bool) 
         try:
             encoded = encoder.prompt(prompt, profile)
             completion = encoder.completion(prompt, encoded, row["completion"])
-            added = len(encoded.ids) - len(encoder.prompt(prompt).ids) if profile else 0
+            added = encoded.full - encoder.prompt(prompt).full if profile else 0
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         end = encoder.tokenizer.eos_token_id

@@ -98,10 +98,7 @@ def random_rows(inputs: RunInputs, seed: int) -> Ints:
     Raises:
         DataError: fewer than two test users have a vector.
     """
-    rows = inputs.rows("test")
-    out = inputs.vector_rows.copy()
-    out[rows] = deal(inputs.keys["user_id"].to_numpy()[rows], inputs.vector_rows[rows], [seed, 3])
-    return out
+    return deal(inputs, inputs.rows("test"), [seed, 3])
 
 
 def score_arm(arm: Arm, inputs: RunInputs, budget: int, progress: Progress | None = None) -> pl.DataFrame:

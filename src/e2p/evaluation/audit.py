@@ -16,18 +16,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from e2p.config import RunConfig, load_yaml, to_dict
 from e2p.data.sources import cache_root
 from e2p.data.tables import example_batches, write_frame
-from e2p.data.tokenised import tokenise
-from e2p.errors import DataError, RunError
+from e2p.data.templates import Prompt
+from e2p.data.tokenised import TokenisedExamples, tokenise
+from e2p.errors import DataError, E2PError, RunError
 from e2p.evaluation.arms import build_arms, score_arm, without_prompt_arms
 from e2p.evaluation.metrics import per_example, summarise
-from e2p.evaluation.report import console_tables, report
-from e2p.evaluation.significance import compare, verdict
+from e2p.evaluation.report import console_tables, write_report
+from e2p.evaluation.significance import compare, require_tests, verdict
 from e2p.model.adapter import CONFIG
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel
 from e2p.provenance import provenance
 from e2p.training.inputs import RunInputs, load_inputs
-from e2p.training.run import arm_folder, is_useless, train_arm, warn_useless
+from e2p.training.run import arm_folder, check_inputs, is_useless, train_arm, warn_useless
 
 
 def evaluate(run: str) -> None:
@@ -38,7 +39,7 @@ def evaluate(run: str) -> None:
     """
     console = Console(stderr=True)
     results = judge(run, console)
-    report(run)
+    write_report(Path(run))
     out = Console()
     for table in console_tables(results):
         out.print(table)
@@ -71,14 +72,14 @@ def judge(run: str | Path, console: Console | None = None, extra: Mapping[str, A
             f"{config.data.embeddings}: expected vectors of version {trained}, which the adapter was trained with, "
             f"got {here}"
         )
-    names, warnings = config.evaluation.arms, []
-    profiled = None
-    if names != without_prompt_arms(names):
-        if _has_profiles(config.data.examples):
-            profiled = tokenise(config.data.examples, e2p.encoder, cache_root(config.data.cache_dir), with_profile=True)
-        else:
-            names = without_prompt_arms(names)
-            warnings.append("The arms prompt and e2p+prompt are left out: not every example has a profile text.")
+    if inputs.embeddings.dim != e2p.projector.embedding_dim:
+        raise DataError(
+            f"{config.data.embeddings}: expected vectors of {e2p.projector.embedding_dim} numbers, got "
+            f"{inputs.embeddings.dim}; name the table that the adapter was trained with"
+        )
+    check_inputs(folder, "e2p", inputs)
+    require_tests(inputs.keys["user_id"].to_numpy()[inputs.rows("test")])  # before controls are trained
+    names, profiled, warnings = _possible_arms(config, e2p, inputs)
     models = {"e2p": e2p}
     for arm in ("static", "shuffled"):
         if arm in names:
@@ -106,25 +107,66 @@ def judge(run: str | Path, console: Console | None = None, extra: Mapping[str, A
         "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons],
         "verdict": verdict(comparisons),
         "training": training,
-        "samples": _samples(config, e2p, inputs),
+        "samples": [],
         "extra": dict(extra or {}),
         "warnings": warnings,
     }
     write_results(folder, results)
+    try:
+        results["samples"] = _samples(config, e2p, inputs)
+    except E2PError as error:  # an illustration must not cost what has been judged
+        warnings.append(f"No sample answers: {error}")
+    write_results(folder, results)
     return results
+
+
+def _possible_arms(
+    config: RunConfig, e2p: E2PModel, inputs: RunInputs
+) -> tuple[tuple[str, ...], TokenisedExamples | None, list[str]]:
+    """The arms asked for that these tables and this adapter allow, examples with profiles, and what is left out why."""
+    names, warnings = config.evaluation.arms, []
+    if "null" in names and not e2p.projector.config.null_prob and not inputs.counts["null_user_without_vector"]:
+        names = tuple(name for name in names if name != "null")
+        warnings.append("The arm null is left out: with projector.null_prob 0 the null user has not been trained.")
+    profiled, why = None, ""
+    if names != without_prompt_arms(names):
+        if _has_profiles(config.data.examples):
+            try:
+                cache = cache_root(config.data.cache_dir)
+                profiled = tokenise(config.data.examples, e2p.encoder, cache, with_profile=True)
+            except DataError as error:
+                why = str(error)
+        else:
+            why = "not every example has a profile text"
+    if why:
+        names = without_prompt_arms(names)
+        warnings.append(f"The arms prompt and e2p+prompt are left out: {why}.")
+    if profiled is not None:
+        test = inputs.rows("test")
+        cut = int((profiled.column("cut_prompt")[test] > inputs.tokens.column("cut_prompt")[test]).sum())
+        if cut:
+            warnings.append(
+                f"In the arms with a profile text, {cut:,} of {len(test):,} prompts lost older turns to make room "
+                "for it (data.max_prompt_tokens)."
+            )
+    return names, profiled, warnings
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write ``results.json`` in one step."""
     half = folder / ".results.json"
-    half.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    half.replace(folder / "results.json")
+    try:
+        half.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        half.replace(folder / "results.json")
+    except OSError as error:
+        raise RunError(f"{folder / 'results.json'}: cannot be written: {error}; make room") from None
 
 
 def _control(
     config: RunConfig, backbone: FrozenBackbone, inputs: RunInputs, arm: str, folder: Path, console: Console | None
 ) -> E2PModel:
     if (arm_folder(folder, arm) / "adapter" / CONFIG).is_file():
+        check_inputs(folder, arm, inputs)
         return E2PModel.from_pretrained(arm_folder(folder, arm) / "adapter", backbone)
     return train_arm(config, backbone, inputs, arm, folder, console, resume=True)[0]  # an interrupted one goes on
 
@@ -158,7 +200,7 @@ def _samples(config: RunConfig, model: E2PModel, inputs: RunInputs) -> list[dict
     prompt = first["messages"] or first["prompt"]
     which = inputs.vector_rows[chosen]
     vectors = [inputs.embeddings.vectors[row] if row >= 0 else None for row in which]
-    length = config.evaluation.max_new_tokens
+    length = _room(config, model, prompt)
     plain = model.generate([prompt], use_prefix=False, max_new_tokens=length, do_sample=False)[0]
     personal = model.generate([prompt] * count, vectors, max_new_tokens=length, do_sample=False)
     answers = [{"user_id": "", "profile": None, "arm": "none", "text": plain}] + [
@@ -167,6 +209,13 @@ def _samples(config: RunConfig, model: E2PModel, inputs: RunInputs) -> list[dict
     ]
     shown = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
     return [{"prompt": shown, "answers": answers}]
+
+
+def _room(config: RunConfig, model: E2PModel, prompt: Prompt) -> int:
+    """New tokens that are asked for, or that still fit in the backbone's window."""
+    asked, window = config.evaluation.max_new_tokens, model.backbone.window
+    taken = len(model.encoder.prompt(prompt).ids) + model.projector.config.prefix_tokens
+    return asked if window is None else max(1, min(asked, window - taken))
 
 
 def _texts(source: str, rows: set[int]) -> dict[int, dict[str, Any]]:

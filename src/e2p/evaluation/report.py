@@ -45,7 +45,11 @@ def report(run: str) -> None:
     Args:
         run: the run's folder, with results.json and, for the gains by user, scores.parquet.
     """
-    folder = Path(run)
+    print(f"{write_report(Path(run))}\n{Path(run) / 'report.html'}")
+
+
+def write_report(folder: Path) -> str:
+    """As :func:`report`, for the code that says itself what there is; returns the verdict."""
     results = load_results(folder)
     comparisons = comparisons_of(results)
     pictures = draw(results, comparisons, _scores(folder / "scores.parquet"), folder / "figures")
@@ -53,7 +57,7 @@ def report(run: str) -> None:
     for name in ("report.html", "report.md"):
         # A model's answer may hold half of a character pair, which has no UTF-8.
         (folder / name).write_text(_render(name, view), encoding="utf-8", errors="replace")
-    print(f"{view['verdict']}\n{folder / 'report.html'}")
+    return str(view["verdict"])
 
 
 def load_results(folder: Path) -> dict[str, Any]:
@@ -101,17 +105,20 @@ def comparisons_of(results: Mapping[str, Any]) -> list[Comparison]:
 
 def console_tables(results: Mapping[str, Any]) -> list[Table]:
     """Comparisons and arms of a run's results, for the terminal."""
+    from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
 
+    # Without lines between the columns, the first table fits in 80 of them.
+    look: dict[str, Any] = {"title_justify": "left", "box": SIMPLE, "show_edge": False, "padding": (0, 1, 0, 0)}
     tones = {"better": "green", "worse": "red"}
-    first = Table(title="Comparisons (nats per token; negative is better)", title_justify="left")
+    first = Table(title="Comparisons (nats per token, mean over examples; negative is better)", **look)
     for heading in ("", "difference", "95% interval", "p (Holm)", ""):
         first.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
     for c in comparisons_of(results):
         word = Text(c.verdict, style=tones.get(c.verdict, "dim"))
         first.add_row(Text(c.name), signed(c.difference), Text(interval(c.ci)), p_value(c.p_holm), word)
-    second = Table(title="Arms", title_justify="left")
+    second = Table(title="Arms (perplexity over all tokens)", **look)
     for heading in ("", "perplexity", "95% interval", "bits per byte", "added tokens"):
         second.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
     for row in _arm_rows(results["arms"]):

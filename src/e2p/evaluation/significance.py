@@ -180,6 +180,19 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     return f"no effect: no better than {lost}" + (" or no prefix" if "none" in words else "")
 
 
+def require_tests(users: Sequence[str] | NDArray[Any]) -> None:
+    """Make sure, before long work, that differences between these users can be tested.
+
+    Raises:
+        DataError: fewer than two users.
+        MissingExtraError: scipy is not installed.
+    """
+    found = len(np.unique(np.asarray(users)))
+    if found < 2:
+        raise DataError(f"the test part: expected at least two users, got {found}; change data.split or add users")
+    _student_cdf(0.0, 1)
+
+
 def paired_t(a: ArrayLike, b: ArrayLike) -> TTest:
     """Paired two-sided t-test of a - b (paper, Appendix E); scipy's ``ttest_rel`` that bears equal arms."""
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)

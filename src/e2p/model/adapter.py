@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from e2p.config import DataConfig, ProjectorConfig
+from e2p.config import BackboneConfig, DataConfig, ProjectorConfig
 from e2p.errors import AdapterError, ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _KEYS = {
     "format", "kind", "backbone", "embedding_dim", "embedding_versions", "projector", "objective", "text",
     "versions", "metrics", "sha256",
 }  # fmt: skip
+_SAMPLES = {"embedding_norms": ("embedding tables", 0.02), "hidden_state": ("hidden states", 0.1)}
 _TEXT_KEYS = {"chat", "profile_template", "max_prompt_tokens", "max_completion_tokens", "long_prompt"}
 
 
@@ -43,6 +45,13 @@ _NAMES = {int: "a whole number", dict: "an object", list: "a list"}
 def library_versions() -> dict[str, str]:
     """Versions of what the adapter was made with."""
     return {name: importlib.metadata.version(name) for name in ("e2p", "torch", "transformers", "safetensors")}
+
+
+def other_versions(recorded: Mapping[str, Any]) -> str:
+    """Libraries that are not of the versions recorded: no fault, but what to look at first where there is one."""
+    here = library_versions()
+    other = [name for name in here if recorded.get(name) != here[name]]
+    return ", ".join(f"{name} {recorded.get(name)} there, {here[name]} here" for name in other)
 
 
 def write_adapter(
@@ -104,11 +113,12 @@ def _write_whole(
     stats: Mapping[str, Tensor],
     card: str,
 ) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, half / WEIGHTS)
-        save_file({k: v.detach().cpu().contiguous() for k, v in stats.items()}, half / STATS)
+        for name, tensors in ((WEIGHTS, weights), (STATS, stats)):
+            # Not save_file, whose files only their owner may read.
+            (half / name).write_bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
         (half / CARD).write_text(card, encoding="utf-8")
         sums = {name: _sha256(half / name) for name in (WEIGHTS, STATS)}
         full = {"format": FORMAT, **record, "versions": library_versions(), "sha256": sums}
@@ -184,9 +194,12 @@ def _check_record(path: Path, record: Any) -> None:
     if isinstance(record["embedding_dim"], bool) or record["embedding_dim"] < 1:
         raise AdapterError(f"{path}: embedding_dim: expected a whole number >= 1, got {record['embedding_dim']!r}")
     backbone = record["backbone"]
-    texts = all(backbone.get(k, 0) is None or isinstance(backbone.get(k), str) for k in ("source", "revision"))
-    if not texts or not isinstance(backbone.get("fingerprint"), dict):
-        raise AdapterError(f"{path}: backbone: expected source, revision and fingerprint, got {backbone!r}")
+    texts = all(backbone.get(k, 0) is None or isinstance(backbone.get(k), str) for k in ("source", "revision", "lora"))
+    kinds = get_args(get_type_hints(BackboneConfig)["quantization"])
+    if not texts or backbone.get("quantization") not in kinds or not isinstance(backbone.get("fingerprint"), dict):
+        raise AdapterError(
+            f"{path}: backbone: expected source, revision, lora, quantization and fingerprint, got {backbone!r}"
+        )
     if not all(isinstance(version, str) for version in record["embedding_versions"]):
         raise AdapterError(f"{path}: embedding_versions: expected texts, got {record['embedding_versions']!r}")
     if set(record["text"]) != _TEXT_KEYS:
@@ -240,18 +253,27 @@ def _check_values(path: str | Path, part: str, config: type, values: Mapping[str
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """What tells the backbone that is here from the one trained with, as readable parts; empty if nothing does.
 
-    The embedding table's sample is compared within 2 per cent, since half precision and quantisation round it.
+    Samples of numbers are compared as vectors, within a share of their length that half precision and quantisation
+    stay below.
     """
     out = []
     for key in sorted(set(recorded) | set(found)):
         a, b = recorded.get(key), found.get(key)
-        if key == "embedding_norms" and isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-            numbers = all(isinstance(value, int | float) for value in (*a, *b))
-            if not numbers or any(abs(x - y) > 0.02 * max(abs(x), abs(y), 1e-6) for x, y in zip(a, b, strict=True)):
-                out.append("other weights (the embedding tables differ)")
+        if key in _SAMPLES and (pair := _numbers(a, b)):
+            a, b = pair
+            what, share = _SAMPLES[key]
+            distance = math.dist(a, b) / max(math.hypot(*a), math.hypot(*b), 1e-12)
+            if not distance <= share:
+                out.append(f"other weights (the {what} differ by {distance:.0%})")
         elif a != b:
             out.append(f"{key} {a} there, {b} here")
     return out
+
+
+def _numbers(a: Any, b: Any) -> tuple[list[float], list[float]] | None:
+    """Both, if both are lists of as many numbers."""
+    lists = isinstance(a, list) and isinstance(b, list) and len(a) == len(b)
+    return (a, b) if lists and all(type(value) in (int, float) for value in (*a, *b)) else None
 
 
 def model_card(record: Mapping[str, Any]) -> str:

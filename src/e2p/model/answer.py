@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from e2p.config import load_yaml
+from e2p.config import BackboneConfig, load_yaml
 from e2p.data.sources import cache_root
 from e2p.data.tables import EmbeddingTable, open_embeddings
-from e2p.errors import DataError, RunError
+from e2p.errors import ConfigError, DataError, RunError
 from e2p.model.adapter import CONFIG
 from e2p.model.e2p import E2PModel
+
+EMPTY = "(an empty answer)"
 
 
 def generate(
@@ -39,11 +43,16 @@ def generate(
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
         seed: seed of the draw.
     """
+    _require(max_new_tokens >= 1, f"max_new_tokens: expected a whole number >= 1, got {max_new_tokens}")
+    _require(temperature >= 0, f"temperature: expected a number >= 0, got {temperature}")
+    _require(bool(prompt.strip()), f"prompt: expected a text, got {prompt!r}")
+    _require(users != [], "users: expected at least one id, got none; leave --users out for the null user")
     folder = Path(run)
     adapter = folder / "adapter" if (folder / "adapter" / CONFIG).is_file() else folder
-    model = E2PModel.from_pretrained(adapter, backbone)
+    model = E2PModel.from_pretrained(adapter, _backbone(folder, backbone))
     wanted = users or []
-    vectors: list[Any] = [None]
+    # Without users the null user answers, if there is one.
+    vectors: list[Any] = [None] if model.projector.config.null_prob and not users else []
     if wanted:
         table = _table(folder, embeddings)
         if table.versions != model.embedding_versions:
@@ -58,11 +67,26 @@ def generate(
         settings |= {"do_sample": True, "temperature": temperature}
     plain = model.generate([prompt], use_prefix=False, **settings)
     answers = model.generate([prompt] * len(vectors), vectors, **settings)
-    shown = Table("user", "answer", title=prompt, show_lines=True)
-    shown.add_row("no prefix", plain[0])
-    for name, text in zip(wanted or ["null user"], answers, strict=True):
-        shown.add_row(name, text)
+    shown = Table("user", "answer", title=Text(prompt), show_lines=True)
+    shown.add_row("no prefix", Text(plain[0] or EMPTY))
+    for name, text in zip(wanted or ["null user"] * len(vectors), answers, strict=True):
+        shown.add_row(Text(name), Text(text or EMPTY))  # what a model says is no markup
     Console().print(shown)
+    if not vectors:
+        Console().print("No null user was trained (projector.null_prob 0): name users with --users.")
+
+
+def _backbone(folder: Path, model: str | None) -> BackboneConfig | str | None:
+    """The backbone with the run's own settings, where there is a run; else what was named, or nothing."""
+    if not (folder / "config.yaml").is_file():
+        return model
+    config = load_yaml(folder / "config.yaml").backbone
+    return replace(config, model=model, revision=None) if model else config
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
 
 
 def newest_vector(table: EmbeddingTable, user: str) -> np.ndarray:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from e2p.config import BackboneConfig, Precision
 from e2p.data.batches import Batch
 from e2p.data.templates import EncodedPrompt
-from e2p.errors import BackboneError, MissingExtraError
+from e2p.errors import BackboneError
+from e2p.model.loading import load_causal_lm
 from e2p.model.logprobs import Head, label_logprobs
 from e2p.model.precision import autocast_dtype, prepare_autocast
 from e2p.model.splice import Spliced, splice
@@ -29,6 +29,7 @@ class FrozenBackbone(nn.Module):
         tokenizer: its fast tokenizer.
         source: path or hub id, for records.
         revision: hub revision, for records.
+        lora: PEFT adapter that is merged in, for records.
         precision: forward pass in bfloat16 autocast (``auto``: where the hardware has it), or as the weights are.
             With autocast the linear layers of ``model`` are cast for good, so call it under autocast afterwards.
 
@@ -43,12 +44,13 @@ class FrozenBackbone(nn.Module):
         *,
         source: str = "",
         revision: str | None = None,
+        lora: str | None = None,
         precision: Precision = "float32",
     ) -> None:
         super().__init__()
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.source, self.revision = source, revision
+        self.source, self.revision, self.lora = source, revision, lora
         self.config = model.config.get_text_config(decoder=True)
         self.base: Any = model.base_model
         self.head = _head(model, self.config)
@@ -70,40 +72,10 @@ class FrozenBackbone(nn.Module):
             BackboneError: one line on what could not be loaded.
             MissingExtraError: LoRA or quantisation is asked for and its package is missing.
         """
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        if not config.model:
-            raise BackboneError("backbone.model: expected a folder or a hub id, got nothing; set it")
-        device = config.device
-        if device == "auto":
-            # Under torchrun each process has its own GPU.
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        dtype: Any = config.dtype
-        if dtype == "auto":
-            dtype = torch.float32 if device == "cpu" else "auto"
-        common: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-        options = {**common, "dtype": dtype}
-        if config.attn != "auto":  # transformers knows which families a fused kernel would get wrong
-            options["attn_implementation"] = config.attn
-        if config.quantization != "none":
-            options["quantization_config"] = _quantization(config.quantization)
-            options["device_map"] = {"": device}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(config.model, **common)
-            model = AutoModelForCausalLM.from_pretrained(config.model, **options)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise BackboneError(
-                f"backbone.model: expected a causal language model at '{config.model}', got: {reason}"
-            ) from None
-        if not getattr(tokenizer, "is_fast", False):
-            raise BackboneError(f"backbone.model: '{config.model}' has no fast tokenizer; add a tokenizer.json")
-        if config.lora:
-            model = _merged(model, config.lora)
-        if config.quantization == "none":
-            model = model.to(device)
-        return cls(model, tokenizer, source=config.model, revision=config.revision, precision=precision)
+        model, tokenizer = load_causal_lm(config)
+        # Of a hub's branch, the commit that it pointed to.
+        revision = getattr(model.config, "_commit_hash", None) or config.revision
+        return cls(model, tokenizer, source=config.model, revision=revision, lora=config.lora, precision=precision)
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         """A frozen model stays in evaluation mode: no dropout, whatever the trainer asks for."""
@@ -140,16 +112,31 @@ class FrozenBackbone(nn.Module):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"] or [self.tokenizer.eos_token_id or 0]
         return self.embed(torch.tensor((ids * count)[:count], device=self.device)).float()
 
+    @property
+    def quantization(self) -> Literal["none", "4bit", "8bit"]:
+        """How the weights are quantised by bitsandbytes."""
+        if getattr(self.model, "is_loaded_in_4bit", False):
+            return "4bit"
+        return "8bit" if getattr(self.model, "is_loaded_in_8bit", False) else "none"
+
+    @torch.no_grad()
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this backbone from another: family, sizes and a few numbers of its embedding table."""
+        """What tells this backbone from another: family, sizes, a few numbers of its embedding table, and a few of the
+        last hidden state of eight tokens, to which every layer's weights contribute."""
         weight = self.model.get_input_embeddings().weight
-        rows = torch.linspace(0, weight.shape[0] - 1, 5, device=weight.device).long()
+        rows = torch.linspace(0, weight.shape[0] - 1, 8, device=weight.device).long()
+        at = torch.arange(len(rows), device=weight.device)[None]
+        with self._autocast():
+            seen = self._hidden(Spliced(self.embed(rows[None]), torch.ones_like(at), at))[0, -1].float()
+        places = torch.linspace(0, len(seen) - 1, min(16, len(seen)), device=seen.device).long()
+        probe = seen[places] / seen.square().mean().sqrt().clamp(min=1e-12)
         return {
             "model_type": str(self.config.model_type),
             "layers": int(self.config.num_hidden_layers),
             "vocabulary": int(weight.shape[0]),
             "hidden_size": int(weight.shape[1]),
             "embedding_norms": [round(float(norm), 4) for norm in self.embed(rows).float().norm(dim=-1)],
+            "hidden_state": [round(float(value), 4) for value in probe],
         }
 
     def enable_gradient_checkpointing(self) -> None:
@@ -353,26 +340,3 @@ def _has_plain_cache(config: Any) -> bool:
 
     layers = DynamicCache(config=config).layers
     return all(isinstance(layer, DynamicLayer) for layer in layers)
-
-
-def _quantization(kind: str) -> Any:
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
-    if not is_bitsandbytes_available():
-        raise BackboneError("backbone.quantization needs the package 'bitsandbytes': pip install bitsandbytes")
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-
-
-def _merged(model: Any, lora: str) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise MissingExtraError("peft", "peft", "backbone.lora") from None
-    try:
-        return PeftModel.from_pretrained(model, lora).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise BackboneError(f"backbone.lora: expected a PEFT adapter at '{lora}', got: {reason}") from None

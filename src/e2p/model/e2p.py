@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from e2p.config import BackboneConfig, DataConfig, ProjectorConfig
-from e2p.data.batches import Batch, make_batch
+from e2p.data.batches import Batch, make_batch, token_passes
 from e2p.data.templates import EncodedPrompt, Prompt, TextEncoder
 from e2p.errors import AdapterError, DataError
 from e2p.model import adapter
 from e2p.model.backbone import FrozenBackbone
-from e2p.model.projector import PrefixProjector, StaticPrefix
+from e2p.model.projector import PrefixProjector, StaticPrefix, Vectors, user_vectors
 
-Vectors = np.ndarray | Tensor | Sequence[Any]
+_TOKENS_PER_PASS = 8192  # padded tokens that are scored together
 
 
 class Score(NamedTuple):
@@ -106,7 +107,7 @@ class E2PModel(nn.Module):
         Raises:
             DataError: wrong number of rows, wrong dimension, NaN or infinity; the row is named.
         """
-        vectors, present = self._checked(embeddings, rows)
+        vectors, present = user_vectors(embeddings, rows, self.projector.embedding_dim)
         device = self.backbone.device
         return self.projector(vectors.to(device), present.to(device))
 
@@ -155,9 +156,10 @@ class E2PModel(nn.Module):
         profiles: Sequence[str | None] | None = None,
         use_prefix: bool = True,
     ) -> list[Score]:
-        """Log-probability of each completion, its end token included, given prompt and user.
+        """Log-probability of each completion, its end token included, given prompt and user; nothing is cut.
 
-        Arguments as in :meth:`generate`. Raises DataError for an empty completion or unequal numbers of rows.
+        Arguments as in :meth:`generate`. Raises DataError for an empty completion, for one that does not fit in the
+        backbone's window behind its prompt, or for unequal numbers of rows.
         """
         many = _as_list(prompts)
         encoded = self._encode(many, profiles)
@@ -168,18 +170,32 @@ class E2PModel(nn.Module):
         for row, text in enumerate(completions):
             if not text.strip():
                 raise DataError(f"score: row {row}: expected a completion with text, got {text!r}")
-        labels = [self.encoder.completion(p, e, c) for p, e, c in zip(many, encoded, completions, strict=True)]
-        vectors, present = self._checked(embeddings, len(encoded))
-        batch = make_batch(
-            [np.array(e.ids, np.int32) for e in encoded],
-            [np.array(ids, np.int32) for ids in labels],
-            [self.splice_at(e) for e in encoded],
-            vectors.numpy(),
-            present.numpy(),
-            np.arange(len(encoded)),
-        )
-        logprobs = self(batch.to(self.backbone.device), use_prefix).double().cpu()
-        return [Score(float(part.sum()), len(part)) for part in logprobs.split([len(ids) for ids in labels])]
+        labels = [
+            self.encoder.completion(p, e, c, cut=False) for p, e, c in zip(many, encoded, completions, strict=True)
+        ]
+        vectors, present = user_vectors(embeddings, len(encoded), self.projector.embedding_dim)
+        k, window = self.projector.config.prefix_tokens, self.backbone.window
+        widths = np.array([len(e.ids) + k + len(ids) for e, ids in zip(encoded, labels, strict=True)])
+        if window is not None and widths.max() > window:
+            row = int(widths.argmax())
+            raise DataError(
+                f"score: row {row}: expected prompt and completion within the backbone's window of {window} tokens, "
+                f"got {widths[row]}; shorten them"
+            )
+        scores: dict[int, Score] = {}
+        for rows in token_passes(widths, _TOKENS_PER_PASS):
+            batch = make_batch(
+                [np.array(encoded[row].ids, np.int32) for row in rows],
+                [np.array(labels[row], np.int32) for row in rows],
+                [self.splice_at(encoded[row]) for row in rows],
+                vectors.numpy()[rows],
+                present.numpy()[rows],
+                rows,
+            )
+            logprobs = self(batch.to(self.backbone.device), use_prefix).double().cpu()
+            for row, part in zip(rows, logprobs.split(batch.completion_lengths.tolist()), strict=True):
+                scores[int(row)] = Score(float(part.sum()), len(part))
+        return [scores[row] for row in range(len(encoded))]
 
     def splice_at(self, prompt: EncodedPrompt) -> int:
         """Index in the prompt before which the soft tokens stand."""
@@ -205,7 +221,8 @@ class E2PModel(nn.Module):
 
         Args:
             source: adapter folder, or a hub id.
-            backbone: where the backbone lies now, if not where the adapter's record says.
+            backbone: where the backbone lies now, if not where the adapter's record says; a LoRA that was merged in
+                for the training is merged in again.
             revision: of an adapter on a hub.
 
         Raises:
@@ -215,18 +232,22 @@ class E2PModel(nn.Module):
         folder = Path(source) if Path(source).exists() else _download(str(source), revision)
         record, weights, stats = adapter.read_adapter(folder)
         config = adapter.projector_config(folder / adapter.CONFIG, record["projector"])
-        if backbone is None:
-            backbone = BackboneConfig(model=record["backbone"]["source"], revision=record["backbone"]["revision"])
-        elif isinstance(backbone, str):
-            backbone = BackboneConfig(model=backbone)
+        if not isinstance(backbone, BackboneConfig | FrozenBackbone):
+            trained = {key: record["backbone"][key] for key in ("revision", "lora", "quantization")}
+            if backbone is not None:
+                trained["revision"] = None
+            backbone = BackboneConfig(model=backbone or record["backbone"]["source"], **trained)
         if isinstance(backbone, BackboneConfig):
             backbone = FrozenBackbone.load(backbone)
         differs = adapter.differences(record["backbone"]["fingerprint"], backbone.fingerprint())
+        versions = adapter.other_versions(record["versions"])
         if differs:
             raise AdapterError(
                 f"{folder}: trained with the backbone '{record['backbone']['source']}', but '{backbone.source}' has "
-                f"{'; '.join(differs)}. Load that backbone, or train again"
+                f"{'; '.join(differs)}. Load that backbone, or train again{f' ({versions})' if versions else ''}"
             )
+        if versions:
+            logging.getLogger("e2p").info("%s: %s", folder, versions)
         static = record["kind"] == "static"
         kind = StaticPrefix if static else PrefixProjector
         expected = kind.weight_shapes(record["embedding_dim"], backbone.hidden_size, config)
@@ -264,6 +285,8 @@ class E2PModel(nn.Module):
             "backbone": {
                 "source": self.backbone.source,
                 "revision": self.backbone.revision,
+                "lora": self.backbone.lora,
+                "quantization": self.backbone.quantization,
                 "fingerprint": self.backbone.fingerprint(),
             },
             "embedding_dim": self.projector.embedding_dim,
@@ -291,30 +314,6 @@ class E2PModel(nn.Module):
         if len(texts) != len(many):
             raise DataError(f"expected {len(many)} profiles, one per prompt, got {len(texts)}")
         return [self.encoder.prompt(prompt, text) for prompt, text in zip(many, texts, strict=True)]
-
-    def _checked(self, embeddings: Vectors | None, rows: int) -> tuple[Tensor, Tensor]:
-        dim = self.projector.embedding_dim
-        out = np.zeros((rows, dim), np.float32)
-        present = np.zeros(rows, bool)
-        given = [None] * rows if embeddings is None else list(embeddings)
-        if len(given) != rows:
-            raise DataError(f"expected {rows} user vectors, one per prompt, got {len(given)}")
-        for row, vector in enumerate(given):
-            if vector is None:
-                continue
-            try:
-                with np.errstate(over="ignore"):  # what overflows float32 becomes infinite and is refused below
-                    numbers = np.asarray(
-                        vector.detach().float().cpu() if isinstance(vector, Tensor) else vector, np.float32
-                    )
-            except (TypeError, ValueError):
-                raise DataError(f"row {row}: expected a user vector of {dim} numbers, got {vector!r:.60}") from None
-            if numbers.shape != (dim,):
-                raise DataError(f"row {row}: expected a user vector of {dim} numbers, got shape {numbers.shape}")
-            if not np.isfinite(numbers).all():
-                raise DataError(f"row {row}: expected finite numbers in the user vector, got NaN or infinity")
-            out[row], present[row] = numbers, True
-        return torch.from_numpy(out), torch.from_numpy(present)
 
 
 def text_encoder(backbone: FrozenBackbone, data: DataConfig, prefix_tokens: int) -> TextEncoder:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from e2p.config import ProjectorConfig
 from e2p.errors import ConfigError, DataError
+
+Vectors = np.ndarray | Tensor | Sequence[Any]
 
 
 class PrefixProjector(nn.Module):
@@ -161,3 +166,36 @@ def _at_norm(rows: Float[Tensor, "k h"], norm: float) -> Float[Tensor, "k h"]:
     if not bool((lengths > 0).all()):
         raise ConfigError("projector.init_text: expected tokens with a non-zero embedding; choose another text")
     return rows / lengths * norm
+
+
+def user_vectors(embeddings: Vectors | None, rows: int, dim: int) -> tuple[Float[Tensor, "b d"], Bool[Tensor, "b"]]:
+    """User vectors as callers give them -> float32, zeros where there is none, and which rows have one.
+
+    Args:
+        embeddings: [B, D], or a sequence whose entries may be None; None stands for no vectors at all.
+        rows: B.
+        dim: D.
+
+    Raises:
+        DataError: wrong number of rows, wrong dimension, NaN or infinity; the row is named.
+    """
+    out, present = np.zeros((rows, dim), np.float32), np.zeros(rows, bool)
+    given = [None] * rows if embeddings is None else list(embeddings)
+    if len(given) != rows:
+        raise DataError(f"expected {rows} user vectors, one per prompt, got {len(given)}")
+    for row, vector in enumerate(given):
+        if vector is None:
+            continue
+        try:
+            with np.errstate(over="ignore"):  # what overflows float32 becomes infinite and is refused below
+                numbers = np.asarray(
+                    vector.detach().float().cpu() if isinstance(vector, Tensor) else vector, np.float32
+                )
+        except (TypeError, ValueError):
+            raise DataError(f"row {row}: expected a user vector of {dim} numbers, got {vector!r:.60}") from None
+        if numbers.shape != (dim,):
+            raise DataError(f"row {row}: expected a user vector of {dim} numbers, got shape {numbers.shape}")
+        if not np.isfinite(numbers).all():
+            raise DataError(f"row {row}: expected finite numbers in the user vector, got NaN or infinity")
+        out[row], present[row] = numbers, True
+    return torch.from_numpy(out), torch.from_numpy(present)

@@ -14,10 +14,11 @@ from rich.table import Table
 
 from e2p.config import BackboneConfig, DataConfig, EvaluationConfig, ProjectorConfig, RunConfig, TrainingConfig
 from e2p.data.sources import cache_root
-from e2p.data.tables import write_frame
+from e2p.data.tables import require_folder, write_frame
+from e2p.errors import RunError
 from e2p.evaluation.audit import judge, write_results
 from e2p.evaluation.metrics import per_example
-from e2p.evaluation.report import console_tables, report
+from e2p.evaluation.report import console_tables, write_report
 from e2p.model.e2p import E2PModel
 from e2p.tasks.pretrain import PretrainConfig, pretrained_backbone
 from e2p.tasks.simulate import SimulationConfig, World, simulate
@@ -47,8 +48,12 @@ def run_demo(
 ) -> dict[str, Any]:
     """The demo with any sizes; returns the results. Simulated tables go beside the run, to ``<folder>-data``."""
     console, started = Console(), time.monotonic()
-    tables = folder.with_name(f"{folder.name}-data")
+    tables = _tables(folder)
     check_folder(_with_paths(settings, "", tables, folder), overwrite, resume=False)  # before tables are replaced
+    held = sorted(entry.name for entry in tables.iterdir()) if tables.is_dir() else []
+    if tables.exists() and (not overwrite or set(held) - {"examples.parquet", "embeddings.parquet"}):
+        raise RunError(f"{tables}: expected no such folder, since the demo's tables go there; name another --output")
+    require_folder(tables)
     console.rule("[bold]1  a streaming service with known tastes")
     world = simulate(world_config)
     write_frame(tables / "examples.parquet", world.examples)
@@ -68,7 +73,7 @@ def run_demo(
     results["extra"] |= reached_share(world, pl.read_parquet(folder / "scores.parquet"))
     results["samples"] = _three_listeners(world, E2PModel.from_pretrained(folder / "adapter"), folder)
     write_results(folder, results)
-    report(str(folder))
+    write_report(folder)
     _show(console, results)
     console.print(f"report: {folder / 'report.html'}   took {time.monotonic() - started:.0f} s")
     return results
@@ -155,4 +160,8 @@ def _show(console: Console, results: dict[str, Any]) -> None:
 
 def _free(wanted: Path) -> Path:
     others = (wanted.with_name(f"{wanted.name}-{n}") for n in count(2))
-    return next(path for path in chain([wanted], others) if not path.exists())
+    return next(path for path in chain([wanted], others) if not path.exists() and not _tables(path).exists())
+
+
+def _tables(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-data")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from e2p.data.tables import require_folder
 from e2p.errors import RunError
 
 # What a prepared task may hold. A folder with anything else in it is not ours to replace.
@@ -33,7 +34,7 @@ def staged_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]
         overwrite: replace an earlier prepared task.
 
     Raises:
-        RunError: ``output`` exists and ``overwrite`` is off, or it is not a prepared task.
+        RunError: ``output`` exists and ``overwrite`` is off, or it is not a prepared task, or cannot be written to.
     """
     target = Path(output).absolute()
     if target.exists() and not target.is_dir():
@@ -44,7 +45,7 @@ def staged_folder(output: str | Path, overwrite: bool = False) -> Iterator[Path]
         raise RunError(f"{output}: expected a prepared task or nothing, got '{foreign[0]}'; name another output")
     if held and not overwrite:
         raise RunError(f"{output}: expected no such folder, got {len(held)} files; add --overwrite or name another")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    require_folder(target.parent)
     workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         fresh = workplace / "new"

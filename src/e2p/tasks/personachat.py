@@ -128,10 +128,9 @@ def prepare(
         f"{output}: {table.height:,} examples, {personas.height:,} personas in {table['group'].n_unique():,} "
         f"groups, from {len(dialogues):,} dialogues"
     )
-    print(
-        f"dropped: {answers - table.height:,} of {answers:,} answers (not the third of three exchanges); "
-        f"silent first turns: {openings:,}"
-    )
+    if form == "three_exchanges":
+        print(f"dropped: {answers - table.height:,} of {answers:,} answers (not the third of three exchanges)")
+    print(f"silent first turns: {openings:,}")
     return Path(output)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,19 @@ class RunInputs:
             self.position,
         )
 
+    def identity(self) -> dict[str, str]:
+        """Hashes of the examples with everything that makes ids of them, of the split, and of the users' vectors: to
+        know the same inputs again, so that nobody is judged on what he was trained on."""
+        vectors = hashlib.blake2b(self.vector_rows.tobytes(), digest_size=16)
+        used = np.unique(self.vector_rows[self.vector_rows >= 0])
+        for start in range(0, len(used), 65_536):
+            vectors.update(np.ascontiguousarray(self.embeddings.vectors[used[start : start + 65_536]]).tobytes())
+        return {
+            "examples": self.tokens.folder.name,
+            "split": hashlib.blake2b(self.split.tobytes(), digest_size=16).hexdigest(),
+            "vectors": vectors.hexdigest(),
+        }
+
     def train_vectors(self) -> npt.NDArray[np.float32]:
         """The distinct vectors that training examples use: what the input statistics are fitted on [n, D].
 
@@ -70,8 +83,18 @@ class RunInputs:
         return np.asarray(self.embeddings.vectors[used], np.float32)
 
 
-def load_inputs(config: DataConfig, encoder: TextEncoder, position: Position) -> RunInputs:
-    """Read, check, split, join and tokenise.
+@dataclass(frozen=True, eq=False)
+class JoinedTables:
+    """A run's two tables, checked, joined and split; fields as in :class:`RunInputs`."""
+
+    keys: pl.DataFrame
+    split: npt.NDArray[np.int8]
+    vector_rows: Ints
+    embeddings: EmbeddingTable
+
+
+def join_tables(config: DataConfig) -> JoinedTables:
+    """Read, check, join and split: what needs no language model, and so comes before one is loaded.
 
     Raises:
         ConfigError: a table is not named.
@@ -81,9 +104,8 @@ def load_inputs(config: DataConfig, encoder: TextEncoder, position: Position) ->
     for name in ("examples", "embeddings"):
         if not getattr(config, name):
             raise ConfigError(f"data.{name}: expected a table, got nothing; set it to a Parquet, JSONL or CSV file")
-    cache = cache_root(config.cache_dir)
     keys = example_keys(config.examples)
-    embeddings = open_embeddings(config.embeddings, cache)
+    embeddings = open_embeddings(config.embeddings, cache_root(config.cache_dir))
     if len(embeddings.versions) > 1:
         raise DataError(
             f"{config.embeddings}: expected vectors of one version, got {', '.join(embeddings.versions)}; two versions "
@@ -104,42 +126,70 @@ def load_inputs(config: DataConfig, encoder: TextEncoder, position: Position) ->
     for code, part in enumerate(SPLITS):
         if not (split == code).any():
             raise DataError(f"{config.examples}: the {part} part is empty; change data.split or the column 'split'")
-    tokens = tokenise(config.examples, encoder, cache)
+    return JoinedTables(keys, split, joined.rows, embeddings)
+
+
+def load_inputs(
+    config: DataConfig, encoder: TextEncoder, position: Position, tables: JoinedTables | None = None
+) -> RunInputs:
+    """Tokenise a run's examples, once, and put them together with its tables.
+
+    Args:
+        config: the run's data settings.
+        encoder: how texts become ids.
+        position: where the soft tokens stand.
+        tables: what :func:`join_tables` returned, if it was called already.
+
+    Raises:
+        ConfigError, DataError: as :func:`join_tables`; or a row that cannot be encoded.
+    """
+    tables = tables or join_tables(config)
+    keys, split = tables.keys, tables.split
+    tokens = tokenise(config.examples, encoder, cache_root(config.cache_dir))
     kept = split >= 0
     counts = {
         **{part: int((split == code).sum()) for code, part in enumerate(SPLITS)},
         **{f"{part}_users": keys.filter(split == code)["user_id"].n_unique() for code, part in enumerate(SPLITS)},
         "dropped_without_vector": int((~kept).sum()),
-        "null_user_without_vector": int((missing & kept).sum()),
+        "null_user_without_vector": int(((tables.vector_rows < 0) & kept).sum()),
         "cut_prompts": int((tokens.column("cut_prompt")[kept] > 0).sum()),
         "cut_completions": int(tokens.column("cut_completion")[kept].sum()),
     }
-    return RunInputs(keys, split, joined.rows, embeddings, tokens, position, counts)
+    return RunInputs(keys, split, tables.vector_rows, tables.embeddings, tokens, position, counts)
 
 
-def deal(user_ids: npt.NDArray[Any], vector_rows: Ints, seed: Sequence[int]) -> Ints:
-    """Give every user a vector row of another user, seeded, nobody his own.
+def deal(inputs: RunInputs, rows: Ints, seed: Sequence[int]) -> Ints:
+    """Exchange the users of some rows, seeded: each gets the vectors of one other of them, nobody his own.
 
-    A user with several vectors hands on the one that stands last in the embedding table.
+    An example gets the other user's newest vector at its own time, as it would get its own user's, so that age does not
+    differ; where the other had none by then, his first.
 
     Args:
-        user_ids: user per example [n].
-        vector_rows: vector row per example, -1 without one [n].
+        inputs: the run's inputs.
+        rows: rows of the example table whose users take part [n].
         seed: numpy seed.
 
     Returns:
-        Vector row per example [n]; -1 stays -1.
+        Vector row for every example of the table [N]: exchanged in ``rows``, the own one elsewhere; -1 stays -1.
 
     Raises:
         DataError: fewer than two users have a vector.
     """
-    users, which = np.unique(user_ids, return_inverse=True)
-    last = np.full(len(users), -1, np.int64)
-    np.maximum.at(last, which, vector_rows)
-    known = np.flatnonzero(last >= 0)
+    own = inputs.vector_rows[rows]
+    users, which = np.unique(inputs.keys["user_id"].to_numpy()[rows], return_inverse=True)
+    known = np.unique(which[own >= 0])
     if len(known) < 2:
         raise DataError(f"expected at least two users with a vector to exchange them, got {len(known)}")
     order = known[np.random.default_rng(list(seed)).permutation(len(known))]
-    other = np.full(len(users), -1, np.int64)
-    other[order] = last[np.roll(order, 1)]  # one cycle through all users has no fixed point
-    return np.where(vector_rows >= 0, other[which], -1)
+    other = np.arange(len(users))
+    other[order] = np.roll(order, 1)  # one cycle through all users has no fixed point
+    asked = inputs.keys[rows].with_columns(user_id=pl.Series(users[other[which]], dtype=pl.String))
+    dealt = asof_rows(asked, inputs.embeddings).rows.copy()
+    none_yet = np.flatnonzero((own >= 0) & (dealt < 0))
+    if len(none_yet):
+        first = inputs.embeddings.keys.with_row_index("row").sort("timestamp").unique("user_id", keep="first")
+        names = pl.DataFrame({"user_id": users[other[which[none_yet]]]})
+        dealt[none_yet] = names.join(first, on="user_id", how="left", maintain_order="left")["row"].to_numpy()
+    out = inputs.vector_rows.copy()
+    out[rows] = np.where(own >= 0, dealt, -1)
+    return out

@@ -11,19 +11,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
-from e2p.config import RunConfig, load_yaml, save_yaml
-from e2p.data.batches import Ints
+from e2p.config import RunConfig, load_yaml, save_yaml, to_dict
+from e2p.data.batches import Ints, steps_per_epoch
+from e2p.data.splits import SPLITS
 from e2p.errors import ConfigError, RunError
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel, text_encoder
 from e2p.provenance import provenance
-from e2p.training.inputs import RunInputs, deal, load_inputs
+from e2p.training.inputs import RunInputs, deal, join_tables, load_inputs
 from e2p.training.trainer import E2PTrainer, trainable
 
 TRAINED_ARMS = ("e2p", "static", "shuffled")
+INPUTS = "inputs.json"
+# What a run folder may hold. A folder with anything else in it is not ours to replace.
+RUN_FILES = frozenset(
+    {
+        *("config.yaml", INPUTS, "training.json", ".training.json", "adapter", "checkpoints", "controls"),
+        *("scores.parquet", "results.json", ".results.json", "report.html", "report.md", "figures"),
+    }
+)
 
 
 def train(config: RunConfig, overwrite: bool = False, resume: bool = False) -> None:
@@ -38,18 +48,39 @@ def train(config: RunConfig, overwrite: bool = False, resume: bool = False) -> N
     console = Console(stderr=True) if first else None
     if first:
         check_folder(config, overwrite, resume)
+    tables = join_tables(config.data)  # before the backbone, which may take minutes
     backbone = FrozenBackbone.load(config.backbone, config.training.precision)
-    inputs = load_inputs(
-        config.data, text_encoder(backbone, config.data, config.projector.prefix_tokens), config.projector.position
-    )
-    if first:  # only now: a bad input must not cost an earlier run, nor leave an empty one
+    encoder = text_encoder(backbone, config.data, config.projector.prefix_tokens)
+    inputs = load_inputs(config.data, encoder, config.projector.position, tables)
+    if first:  # only now: a bad input must not leave an empty run
         prepare_folder(config, overwrite, resume)
-    # The other processes meet the first one in the trainer, before any of them looks for a checkpoint.
-    _, record = train_arm(config, backbone, inputs, "e2p", folder, console, resume)
+    if console is not None:
+        _say_counts(console, inputs)
+    try:
+        # The other processes meet the first one in the trainer, before any of them looks for a checkpoint.
+        _, record = train_arm(config, backbone, inputs, "e2p", folder, console, resume)
+    except Exception:
+        if first:
+            restore_replaced(folder)
+        raise
+    if first:
+        shutil.rmtree(replaced(folder), ignore_errors=True)
     if console is not None:
         console.print(f"adapter: {folder / 'adapter'}   next: e2p evaluate {folder}")
         if is_useless(record["validation"]):
             warn_useless(console, record["validation"])
+
+
+def _say_counts(console: Console, inputs: RunInputs) -> None:
+    """What was read, and what of it was dropped, cut, or cannot be judged later."""
+    counts = inputs.counts
+    parts = ", ".join(f"{part} {counts[part]:,} ({counts[f'{part}_users']:,} users)" for part in SPLITS)
+    other = [
+        f"{name.replace('_', ' ')}: {n:,}" for name, n in counts.items() if "_" in name and "users" not in name and n
+    ]
+    console.print(f"examples: {'; '.join([parts, *other])}", highlight=False)
+    if counts["test_users"] < 2:
+        console.print("[yellow]One test user: e2p evaluate needs two at least. Change data.split or add users.[/]")
 
 
 def is_first_process() -> bool:
@@ -87,18 +118,44 @@ def check_folder(config: RunConfig, overwrite: bool, resume: bool) -> Path:
         if not (folder / "config.yaml").is_file():
             raise RunError(f"{folder}: expected an interrupted run to resume, found none; leave out --resume")
         if load_yaml(folder / "config.yaml") != config:
-            raise RunError(f"{folder}: the settings differ from those in its config.yaml; resume with the same ones")
+            names = ", ".join(_other_settings(to_dict(load_yaml(folder / "config.yaml")), to_dict(config)))
+            raise RunError(
+                f"{folder}: the settings differ from those in its config.yaml ({names}); resume with the same"
+            )
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:
-            raise RunError(f"{folder}: expected a new run folder, found one; pass --overwrite or another --output")
-        if not (folder / "config.yaml").is_file():
-            raise RunError(f"{folder}: holds no config.yaml, so it is no run folder and will not be overwritten")
+            unfinished = (folder / INPUTS).is_file() and not (folder / "adapter").is_dir()
+            go_on = "go on with --resume, or " if unfinished else ""
+            raise RunError(
+                f"{folder}: expected a new run folder, found one; {go_on}pass --overwrite or another --output"
+            )
+        if not folder.is_dir():
+            raise RunError(f"{folder}: is a file and will not be overwritten; name another --output")
+        foreign = sorted(path.name for path in folder.iterdir() if path.name not in RUN_FILES)
+        if foreign or not (folder / "config.yaml").is_file():
+            what = f"holds '{foreign[0]}'" if foreign else "holds no config.yaml"
+            raise RunError(
+                f"{folder}: {what}, so it is no run folder and will not be overwritten; name another --output"
+            )
     return folder
+
+
+def _other_settings(one: dict[str, Any], other: dict[str, Any], above: str = "") -> list[str]:
+    """Dotted names of the settings in which two runs differ."""
+    found: list[str] = []
+    for key, value in one.items():
+        if isinstance(value, dict):
+            found += _other_settings(value, other[key], f"{above}{key}.")
+        elif value != other[key]:
+            found.append(above + key)
+    return found
 
 
 def prepare_folder(config: RunConfig, overwrite: bool, resume: bool) -> Path:
     """Make the run folder, in place of an earlier one if asked to, and write the resolved settings into it.
+
+    The earlier run is set aside (see :func:`replaced`) until the new one is trained.
 
     Raises:
         RunError: as :func:`check_folder`, or the folder cannot be written.
@@ -107,13 +164,50 @@ def prepare_folder(config: RunConfig, overwrite: bool, resume: bool) -> Path:
     if resume:
         return folder
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        if folder.exists() and any(folder.iterdir()):
+            if (folder / "adapter").is_dir() or not replaced(folder).exists():
+                shutil.rmtree(replaced(folder), ignore_errors=True)
+                folder.rename(replaced(folder))
+            else:  # a run that came to nothing, in the place of the one that is set aside already
+                shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         save_yaml(config, folder / "config.yaml")
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror or error}; name another --output") from None
     return folder
+
+
+def replaced(folder: Path) -> Path:
+    """Where an overwritten run is kept until the one in its place has an adapter."""
+    return folder.with_name(f"{folder.name}.replaced")
+
+
+def restore_replaced(folder: Path) -> None:
+    """Put an overwritten run back, if the one in its place failed before its first checkpoint."""
+    if replaced(folder).exists() and not list(folder.glob("checkpoints/checkpoint-*")):
+        shutil.rmtree(folder)
+        replaced(folder).rename(folder)
+
+
+def check_inputs(folder: Path, arm: str, inputs: RunInputs) -> None:
+    """Make sure that the inputs are those that an arm was trained on.
+
+    Raises:
+        RunError: the tables have changed, so that a training user may have become a test user, or vectors differ.
+    """
+    path = arm_folder(folder, arm) / INPUTS
+    try:
+        trained = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: expected the hashes of the run's inputs, got: {error}; train again") from None
+    parts = ("examples", "split") if arm == "static" else ("examples", "split", "vectors")  # static sees no vectors
+    here = inputs.identity()
+    differs = [part for part in parts if trained.get(part) != here[part]]
+    if differs:
+        raise RunError(
+            f"{arm_folder(folder, arm)}: expected the tables that it was trained on, got other "
+            f"{' and '.join(differs)}; put the tables back, or train again with --overwrite"
+        )
 
 
 def arm_folder(folder: Path, arm: str) -> Path:
@@ -154,8 +248,14 @@ def train_arm(
         title=arm,
         console=console,
     )
+    checkpoint = newest_checkpoint(target / "checkpoints") if resume else None
+    if checkpoint:
+        check_inputs(folder, arm, inputs)
+    elif trainer.is_world_process_zero():
+        target.mkdir(parents=True, exist_ok=True)
+        (target / INPUTS).write_text(json.dumps(inputs.identity(), indent=1) + "\n", encoding="utf-8")
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=newest_checkpoint(target / "checkpoints") if resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - started
     prefix = trainer.mean_loss(trainer.validation_examples)
     if not math.isfinite(prefix):
@@ -165,11 +265,16 @@ def train_arm(
         )
     none = trainer.mean_loss(trainer.validation_examples, use_prefix=False)
     best = trainer.state.best_global_step
+    # Of the shorter last step of an epoch as well.
+    rows_a_step = len(trainer.train_examples) / steps_per_epoch(trainer.train_examples, budget.batch_size)
     record = {
         "steps": trainer.state.global_step,
         "parameters": sum(p.numel() for p in trainable(model).values()),
+        # Of a resumed run: since then.
         "seconds": round(seconds, 1),
-        "examples_per_second": round(_examples_seen(trainer, inputs) / max(seconds, 1e-9), 1),
+        "examples_per_second": round(
+            (trainer.state.global_step - _step_of(checkpoint)) * rows_a_step / max(seconds, 1e-9), 1
+        ),
         "best_step": best,
         "history": _history(trainer.state.log_history),
         "validation": {"prefix": prefix, "none": none},
@@ -177,8 +282,11 @@ def train_arm(
     }
     model.metrics = {"validation nats per token": round(prefix, 4), "the same without prefix": round(none, 4)}
     if trainer.is_world_process_zero():
+        # The adapter last: where it is, the run is finished.
+        half = target / ".training.json"
+        half.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        half.replace(target / "training.json")
         model.save_pretrained(target / "adapter", overwrite=True)
-        (target / "training.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
     return model, record
 
@@ -186,10 +294,9 @@ def train_arm(
 def shuffled_rows(inputs: RunInputs, seed: int) -> Ints:
     """Vector rows dealt out anew among the users: each user gets one other user's vectors, nobody his own.
 
-    A control trained on these shows what phi can learn without any user signal. A user's examples share one vector
-    of the other user, whatever their times.
+    A control trained on these shows what phi can learn without any user signal.
     """
-    return deal(inputs.keys["user_id"].to_numpy(), inputs.vector_rows, [seed, 2])
+    return deal(inputs, np.arange(len(inputs.keys)), [seed, 2])
 
 
 def newest_checkpoint(checkpoints: Path) -> str | None:
@@ -204,11 +311,8 @@ def newest_checkpoint(checkpoints: Path) -> str | None:
     return None
 
 
-def _examples_seen(trainer: E2PTrainer, inputs: RunInputs) -> int:
-    return min(
-        trainer.state.global_step * trainer.budget.batch_size,
-        math.ceil((trainer.state.epoch or 0) * len(trainer.train_examples)),
-    )
+def _step_of(checkpoint: str | None) -> int:
+    return int(Path(checkpoint).name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
 def _history(log: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ import polars as pl
 
 from e2p.data.checks import check_users
 from e2p.data.sources import first_true, is_text, locator, open_table, to_utc
-from e2p.data.tables import write_embeddings
+from e2p.data.tables import require_folder, write_embeddings
+from e2p.device import resolve_device
 from e2p.errors import BackboneError, ConfigError, DataError, MissingExtraError, RunError
 
 Kind = Literal["auto", "sentence", "causal"]
@@ -63,9 +64,9 @@ def encode_texts(
         if not text.strip():
             raise DataError(f"text {index}: expected a text, got {text!r}; fill it or leave it out")
     if resolve_kind(encoder, kind) == "sentence":
-        encode = _sentence_encoder(encoder, max_tokens, _device(device))
+        encode = _sentence_encoder(encoder, max_tokens, resolve_device(device, "device"))
     else:
-        encode = _causal_encoder(encoder, pooling, max_tokens, _device(device))
+        encode = _causal_encoder(encoder, pooling, max_tokens, resolve_device(device, "device"))
     return _in_batches(texts, encode, batch_size, progress)
 
 
@@ -105,7 +106,10 @@ def embed(
     if Path(output).suffix != ".parquet":
         raise ConfigError(f"output: expected a name that ends in .parquet, got {output!r}")
     if Path(output).exists() and not overwrite:
-        raise RunError(f"{output}: is there already; choose another name or set overwrite to true")
+        raise RunError(f"{output}: is there already; choose another name or pass --overwrite")
+    if Path(output).exists() and Path(texts).exists() and Path(output).samefile(texts):
+        raise RunError(f"{output}: expected another file than the texts are in; choose another name")
+    require_folder(Path(output).parent)
     frame = _read_texts(texts, text_column)
     distinct = frame.select("text").unique(maintain_order=True).with_row_index("index")
     vectors = encode_texts(
@@ -258,9 +262,3 @@ def _load(encoder: str, load: Callable[[], Any]) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BackboneError(f"{encoder}: expected a folder or hub id of a text encoder: {reason}") from None
-
-
-def _device(name: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
