@@ -23,14 +23,12 @@ VARIANTS = {
     "lr 3e-2": {"training.learning_rate": 3e-2},
     "no weight decay": {"training.weight_decay": 0.0},
     "weight decay 1.0": {"training.weight_decay": 1.0},
-    "width 32": {"projector.hidden_dim": 32},
     "width 128": {"projector.hidden_dim": 128},
     "norm paper": {"projector.norm": "paper"},
     "after BOS": {"projector.position": "after_bos"},
     "before BOS": {"projector.position": "before_bos"},
     "4 soft tokens": {"projector.prefix_tokens": 4},
     "static": {"arm": "static"},
-    "static, lr 3e-2": {"arm": "static", "training.learning_rate": 3e-2},
 }
 
 

@@ -31,7 +31,6 @@ VARIANTS = {
     "before BOS": {"projector.position": "before_bos"},
     "4 soft tokens": {"projector.prefix_tokens": 4},
     "static": {"arm": "static"},
-    "static, lr 3e-2": {"arm": "static", "training.learning_rate": 3e-2},
 }
 
 

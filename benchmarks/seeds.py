@@ -53,6 +53,11 @@ def run_seeds(
 
 def write_results(path: Path, experiment: dict[str, list[dict[str, Any]]], about: str) -> None:
     """Write a committed results file: every experiment aggregated over its seeds, with each seed's figures."""
+    made = {(run["provenance"]["commit"], run["provenance"]["dirty"]) for runs in experiment.values() for run in runs}
+    if len(made) > 1 or any(dirty for _, dirty in made):
+        raise SystemExit(
+            f"{path}: expected runs of one commit without changes, got {made}; delete the older and run again"
+        )
     content = {
         "about": about,
         "provenance": provenance(),

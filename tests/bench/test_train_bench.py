@@ -38,7 +38,7 @@ def test_both_sides_agree_and_the_last_line_is_the_file(
         assert table["loss"]["difference"] < {"float32": 1e-3, "bfloat16": 2e-2}[table["precision"]]
         assert table["loss"]["peft"] > 1
         assert table["data"]["examples"] == 8
-        assert set(table["sides"]) == set(SIDES)
+        assert set(table["sides"]) == set(table["arithmetic"]) == set(SIDES)
         for side in table["sides"].values():
             assert len(side["seconds"]) == len(side["cpu_seconds"]) == 1
             assert side["peak_mib"] >= 0

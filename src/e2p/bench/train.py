@@ -10,9 +10,7 @@ place; ``before_completion_whole``: ours right before the answer, everything in 
 same with the prompt run without gradient, once for all rows that share it (the default of the library).
 
 That all do the same work is measured too: with PEFT's virtual token as our static one, the mean losses must agree.
-
-Peak memory is taken in a fresh process for each side, as the rise over what it held with the model loaded: a process's
-peak never falls, so a second side in the same process would inherit the first one's.
+Peak memory is taken in a process of its own for each side.
 """
 
 from __future__ import annotations
@@ -41,6 +39,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from e2p.bench.arithmetic import arithmetic
 from e2p.bench.memory import peak_memory, start_memory
 from e2p.config import BackboneConfig, DataConfig, Position, Precision, ProjectorConfig, TrainingConfig
 from e2p.data.batches import Examples
@@ -118,7 +117,7 @@ def bench(
         raise ConfigError("examples and embeddings: expected both tables or neither, got one")
     _require_peft()
     console = Console(stderr=True)
-    precisions: list[Precision] = ["float32", "bfloat16"] if precision == "both" else [precision]
+    kinds: list[Precision] = ["float32", "bfloat16"] if precision == "both" else [precision]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         if not examples:
             examples, embeddings = _simulated(Path(folder), steps * batch_size)
@@ -126,7 +125,7 @@ def bench(
         tables = [
             _table(replace(setting, vocabulary=size, precision=kind), rounds, Path(folder), console)
             for size in ([0, vocabulary] if vocabulary else [0])
-            for kind in precisions
+            for kind in kinds
         ]
     result = {
         "bench": "train",
@@ -303,10 +302,9 @@ def _table(setting: Setting, rounds: int, folder: Path, console: Console) -> dic
     title = f"vocabulary {many.backbone.head.linear.weight.shape[0]:,}, {setting.precision}"
     seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
     for number in range(rounds + 1):
-        for side in SIDES:
-            took = many.epoch(side)
-            if number:
-                seconds[side].append(took)
+        took = {side: many.epoch(side) for side in SIDES}
+        for side in SIDES if number else ():
+            seconds[side].append(took[side])
         console.print(f"{title}: round {number} of {rounds}")
     memory = {side: _in_new_process(setting, side) for side in SIDES}
     sides = {}
@@ -327,13 +325,19 @@ def _table(setting: Setting, rounds: int, folder: Path, console: Console) -> dic
         }
         for side, base in [*((side, "peft") for side in OURS), ("before_completion", "before_completion_whole")]
     }
-    for name, ratio in ratios.items():
-        console.print(f"  {name}: {ratio}")
+    console.print(ratios)
     return {
         "vocabulary": int(many.backbone.head.linear.weight.shape[0]),
         "random_weights": bool(setting.vocabulary),
         "precision": setting.precision,
         "data": many.describe(),
+        "arithmetic": arithmetic(
+            many.backbone,
+            [len(row["input_ids"]) for row in many.whole_rows],
+            {side: (many.examples(position), shared) for side, (position, shared) in OURS.items()},
+            setting.batch_size,
+            setting.seed,
+        ),
         "sides": sides,
         "ratios": ratios,
         "loss": many.losses(),
@@ -341,11 +345,8 @@ def _table(setting: Setting, rounds: int, folder: Path, console: Console) -> dic
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        "min": round(min(values), 3),
-        "median": round(statistics.median(values), 3),
-        "max": round(max(values), 3),
-    }
+    found = {"min": min(values), "median": statistics.median(values), "max": max(values)}
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def _in_new_process(setting: Setting, side: str) -> float:
@@ -354,7 +355,7 @@ def _in_new_process(setting: Setting, side: str) -> float:
 
 
 def memory_rise(setting: Setting, side: str) -> float:
-    """MiB by which memory rises while a side trains, over what is held with the model loaded. Once a process."""
+    """MiB by which memory rises while a side trains, over what the loaded model holds. Once a process."""
     with tempfile.TemporaryDirectory() as folder, _quiet():
         trainer = _Bench(setting, Path(folder)).trainer(side)
         before = start_memory()
