@@ -23,12 +23,9 @@ VARIANTS = {
     "as chosen": {},
     "lr 3e-3": {"training.learning_rate": 3e-3},
     "lr 3e-2": {"training.learning_rate": 3e-2},
-    "no weight decay": {"training.weight_decay": 0.0},
-    "width 32": {"projector.hidden_dim": 32},
-    "width 128, user scale 0.1": {"projector.hidden_dim": 128, "projector.user_scale": 0.1},
+    "user scale 0.1": {"projector.user_scale": 0.1},
     "norm paper": {"projector.norm": "paper"},
     "after BOS": {"projector.position": "after_bos"},
-    "before BOS": {"projector.position": "before_bos"},
     "4 soft tokens": {"projector.prefix_tokens": 4},
     "static": {"arm": "static"},
 }
