@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--work", default="scratch/lastfm", type=Path)
     parser.add_argument("--seeds", default=[42, 43, 44], type=int, nargs="+")
     parser.add_argument("--out", default="results/lastfm.json", type=Path)
+    parser.add_argument("--position", default="before_completion", help="another place for the soft token")
+    parser.add_argument("--arms", nargs="+", help="fewer arms than all")
     parser.add_argument("--search", action="store_true", help="search on validation data for one epoch, and stop")
     options = parser.parse_args()
     console = Console(stderr=True)
@@ -70,6 +72,11 @@ def main() -> None:
         short = replace(config, training=replace(config.training, epochs=1), output=str(options.work / "search"))
         search(short, VARIANTS, options.work / "search.jsonl", console)
         return
+    if options.position != config.projector.position:
+        config = replace(config, projector=replace(config.projector, position=options.position))
+        config = replace(config, output=f"{config.output}-{options.position.replace('_', '-')}")
+    if options.arms:
+        config = replace(config, evaluation=replace(config.evaluation, arms=tuple(options.arms)))
     results = run_seeds(config, options.seeds, console)
     write_results(options.out, {"lastfm": results}, "Playlists of held-out artists, split by user; LM objective.")
 

@@ -171,6 +171,7 @@ def _histogram(axes: Any, values: np.ndarray, against: str) -> None:
                   textcoords="offset points", fontsize=9)  # fmt: skip
     axes.set_xlabel(f"gain over {against}, nats per token")
     axes.set_ylabel("users")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.grid(False, axis="x")
 
 
@@ -181,7 +182,7 @@ def _curves(axes: Any, training: dict[str, dict[str, Any]]) -> None:
         tone = ARM_TONES.get(arm, TONES["no difference"])
         losses, held_out = _points(history, "loss"), _points(history, "eval_loss")
         if losses:
-            axes.plot(*zip(*losses, strict=True), color=tone, linewidth=1, alpha=0.32)
+            axes.plot(*zip(*losses, strict=True), color=tone, linewidth=1, alpha=0.5)
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color=tone, linewidth=1.8, markersize=4, label=arm)
             step, loss = min(held_out, key=lambda point: point[1])
@@ -196,6 +197,7 @@ def _curves(axes: Any, training: dict[str, dict[str, Any]]) -> None:
         room = 0.08 * (max(shown) - min(shown) or 1)
         axes.set_ylim(min(shown) - room, max(shown) + room)
     axes.set_xlabel("optimiser step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("nats per token")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, fontsize=9.5)

@@ -294,7 +294,9 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
         name = str(answer.get("user_id") or "no user")
         user = users.setdefault(name, {"user": name, "profile": "", "answers": []})
         user["profile"] = user["profile"] or str(answer.get("profile") or "")
-        user["answers"].append({"arm": str(answer.get("arm", "")), "text": str(answer.get("text", ""))})
+        user["answers"].append(
+            {"arm": str(answer.get("arm", "")), "text": str(answer.get("text") or "(an empty answer)")}
+        )
     return {"prompt": str(sample.get("prompt", "")), "users": list(users.values())}
 
 
