@@ -35,7 +35,11 @@ def command_help() -> str:
 
 
 BENCH_DATA = {"bench_train_lastfm": "Last.fm", "bench_train_personachat": "Persona-Chat"}
-EXPERIMENTS = {"lastfm": "Last.fm playlists", "personachat": "Persona-Chat answers"}
+EXPERIMENTS = {
+    "lastfm": "Last.fm playlists",
+    "lastfm_after_bos": "Last.fm playlists, soft token after BOS",
+    "personachat": "Persona-Chat answers",
+}
 
 
 def experiments() -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
