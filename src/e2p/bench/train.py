@@ -15,17 +15,13 @@ Peak memory is taken in a process of its own for each side.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import json
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,10 +33,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging
 
 from e2p.bench.arithmetic import arithmetic
 from e2p.bench.memory import peak_memory, start_memory
+from e2p.bench.quiet import quiet
 from e2p.config import BackboneConfig, DataConfig, Position, Precision, ProjectorConfig, TrainingConfig
 from e2p.data.batches import Examples
 from e2p.data.tables import write_frame
@@ -118,7 +114,7 @@ def bench(
     _require_peft()
     console = Console(stderr=True)
     kinds: list[Precision] = ["float32", "bfloat16"] if precision == "both" else [precision]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         if not examples:
             examples, embeddings = _simulated(Path(folder), steps * batch_size)
         setting = Setting(backbone, examples, embeddings, 0, batch_size, steps, "float32", seed, attn)
@@ -356,7 +352,7 @@ def _in_new_process(setting: Setting, side: str) -> float:
 
 def memory_rise(setting: Setting, side: str) -> float:
     """MiB by which memory rises while a side trains, over what the loaded model holds. Once a process."""
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = _Bench(setting, Path(folder)).trainer(side)
         before = start_memory()
         trainer.train()
@@ -388,13 +384,3 @@ def _padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         "attention_mask": column([[1] * len(row["input_ids"]) for row in rows], 0),
         "labels": column([row["labels"] for row in rows], -100),
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no warnings of the libraries: the last line of stdout is the result."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        yield
