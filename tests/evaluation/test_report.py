@@ -191,6 +191,10 @@ def test_share_of_the_gain_that_needs_no_user(tmp_path: Path) -> None:
     report(str(write(tmp_path, results)))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "50% is also reached with one static token and 60% is also reached with a random user" in text
+    results["arms"]["random"]["nats_per_token"] = 4.5
+    report(str(write(tmp_path, results)))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "50% is also reached with one static token. A random user's vector is worse than no prefix." in text
 
 
 @pytest.mark.parametrize(

@@ -221,12 +221,11 @@ def _split_of_the_drop(arms: Mapping[str, Any]) -> str:
     if none - e2p <= 0:
         return ""
     names = {"static": "one static token", "random": "a random user's vector"}
-    parts = [
-        f"{(none - arms[arm]['nats_per_token']) / (none - e2p):.0%} is also reached with {text}"
-        for arm, text in names.items()
-        if arm in arms
-    ]
-    return f"Of e2p's gain over no prefix, {' and '.join(parts)}." if parts else ""
+    shares = {text: (none - arms[arm]["nats_per_token"]) / (none - e2p) for arm, text in names.items() if arm in arms}
+    reached = [f"{share:.0%} is also reached with {text}" for text, share in shares.items() if share >= 0]
+    lost = [f"{text[0].upper()}{text[1:]} is worse than no prefix." for text, share in shares.items() if share < 0]
+    first = [f"Of e2p's gain over no prefix, {' and '.join(reached)}."] if reached else []
+    return " ".join(first + lost)
 
 
 def _equals(text: str) -> str:
