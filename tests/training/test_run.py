@@ -300,6 +300,17 @@ def test_phi_learns_the_user_and_the_shuffled_control_does_not(tmp_path: Path) -
     assert saved["shuffled"] == saved["e2p"]
 
 
+def test_a_folder_that_only_bears_the_name_of_an_overwritten_run_is_left(config: RunConfig) -> None:
+    other = Path(f"{config.output}.replaced")
+    other.mkdir()
+    (other / "thesis.tex").write_text("x", encoding="utf-8")
+    train(config)
+    with pytest.raises(RunError, match=r"run\.replaced: holds 'thesis\.tex'"):
+        train(config, overwrite=True)
+    assert tree(other) == {"thesis.tex": b"x"}
+    assert record(config)["steps"] == 2
+
+
 @pytest.mark.parametrize("bad", ["init_text", "diverged"])
 def test_a_run_is_replaced_only_by_one_that_got_somewhere(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch, bad: str

@@ -60,10 +60,12 @@ def train(config: RunConfig, overwrite: bool = False, resume: bool = False) -> N
         # The other processes meet the first one in the trainer, before any of them looks for a checkpoint.
         _, record = train_arm(config, backbone, inputs, "e2p", folder, console, resume)
     except Exception:
-        if first:
+        if console is not None and overwrite:
             restore_replaced(folder)
+            if replaced(folder).exists():
+                console.print(f"the run that was to be overwritten is kept in {replaced(folder)}")
         raise
-    if first:
+    if first and overwrite:
         shutil.rmtree(replaced(folder), ignore_errors=True)
     if console is not None:
         console.print(f"adapter: {folder / 'adapter'}   next: e2p evaluate {folder}")
@@ -130,15 +132,20 @@ def check_folder(config: RunConfig, overwrite: bool, resume: bool) -> Path:
             raise RunError(
                 f"{folder}: expected a new run folder, found one; {go_on}pass --overwrite or another --output"
             )
-        if not folder.is_dir():
-            raise RunError(f"{folder}: is a file and will not be overwritten; name another --output")
-        foreign = sorted(path.name for path in folder.iterdir() if path.name not in RUN_FILES)
-        if foreign or not (folder / "config.yaml").is_file():
-            what = f"holds '{foreign[0]}'" if foreign else "holds no config.yaml"
-            raise RunError(
-                f"{folder}: {what}, so it is no run folder and will not be overwritten; name another --output"
-            )
+        _require_run(folder)
+        if replaced(folder).exists():  # from an overwriting that failed, or it bears that name by chance
+            _require_run(replaced(folder))
     return folder
+
+
+def _require_run(folder: Path) -> None:
+    """Refuse to overwrite what holds anything that a run does not."""
+    if not folder.is_dir():
+        raise RunError(f"{folder}: is a file and will not be overwritten; name another --output")
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in RUN_FILES)
+    if foreign or not (folder / "config.yaml").is_file():
+        what = f"holds '{foreign[0]}'" if foreign else "holds no config.yaml"
+        raise RunError(f"{folder}: {what}, so it is no run folder and will not be overwritten; name another --output")
 
 
 def _other_settings(one: dict[str, Any], other: dict[str, Any], above: str = "") -> list[str]:
