@@ -28,6 +28,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="the public data sets are not beside the project"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """As in the processes that tests start: sums in another order differ in their last bits, and some tests allow none.
+
+    Tiny models gain nothing from threads.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def shared() -> Path:
     """Folder with the public data sets and the small backbone (tests marked real_data only)."""
