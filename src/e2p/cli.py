@@ -31,6 +31,7 @@ COMMANDS = {
     "train": Command("e2p.training.run", "train", "learn the projection from your tables"),
     "evaluate": Command("e2p.evaluation.audit", "evaluate", "judge a run against its controls"),
     "report": Command("e2p.evaluation.report", "report", "write a run's report again; loads no model"),
+    "sweep": Command("e2p.evaluation.sweep", "sweep", "train and judge many settings, one at a time"),
     "generate": Command("e2p.model.answer", "generate", "answer a prompt for a user"),
     "bench train": Command("e2p.bench.train", "bench", "training speed and memory against PEFT prompt tuning"),
 }

@@ -83,6 +83,8 @@ class DataConfig:
             user, drop the example, or use the learned null user. The last two are counted.
         chat: whether a plain ``prompt`` becomes a user turn of the chat template; ``auto``: if there is a template.
         profile_template: how the text profile goes into the prompt arm's system turn; must contain ``{profile}``.
+        train_share: share of the training groups that is trained on, seeded by ``split.seed``; validation and test
+            stay as they are. A smaller share's groups are all in a larger one's.
         cache_dir: where tokenised data is kept; default is ``$E2P_CACHE`` or ``~/.cache/e2p``.
     """
 
@@ -95,6 +97,7 @@ class DataConfig:
     missing_vector: Literal["error", "drop", "null"] = "error"
     chat: Literal["auto", "always", "never"] = "auto"
     profile_template: str = "About the user: {profile}"
+    train_share: float = 1.0
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +105,7 @@ class DataConfig:
         _require(
             self.max_completion_tokens > 0, "data.max_completion_tokens", "a number > 0", self.max_completion_tokens
         )
+        _require(0 < self.train_share <= 1, "data.train_share", "a number in (0, 1]", self.train_share)
         _require(
             "{profile}" in self.profile_template,
             "data.profile_template",
@@ -126,6 +130,8 @@ class ProjectorConfig:
         init_text: text whose token embeddings ``matched`` starts from (one token per soft token, repeated).
         user_scale: norm of the user term at the start, as a share of the norm of what all users share
             (``matched`` only).
+        form: ``phi`` is Eq. 2; ``static+user`` adds to it soft tokens that all users share and that have a hidden
+            layer of their own, so that phi need not learn them.
     """
 
     hidden_dim: int = 32
@@ -136,6 +142,7 @@ class ProjectorConfig:
     position: Position = "before_completion"
     init_text: str = "user"
     user_scale: float = 0.1
+    form: Literal["phi", "static+user"] = "phi"
 
     def __post_init__(self) -> None:
         _require(self.hidden_dim >= 1, "projector.hidden_dim", "a whole number >= 1", self.hidden_dim)
@@ -146,9 +153,28 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is maximised. ``lm``: the completion's log-likelihood (paper, Eq. 4)."""
+    """What is maximised, and what beyond the paper makes the user matter (docs/findings.md).
+
+    Args:
+        name: ``lm``: the completion's log-likelihood (paper, Eq. 4).
+        contrast: weight of the contrastive term: the completion shall be likelier with its own user's vector than with
+            a stranger's, drawn anew in every epoch. 0: off; otherwise a step costs about twice the time.
+        contrast_margin: how much likelier, in nats per token; what exceeds it is not rewarded.
+        distill: weight of the distilling term: Kullback-Leibler divergence of the frozen model that reads the text
+            profile from the model with the soft token, at every completion token. 0: off; needs a column ``profile``.
+    """
 
     name: Literal["lm"] = "lm"
+    contrast: float = 0.0
+    contrast_margin: float = 0.5
+    distill: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.contrast >= 0, "objective.contrast", "a number >= 0", self.contrast)
+        _require(self.contrast_margin > 0, "objective.contrast_margin", "a number > 0", self.contrast_margin)
+        _require(self.distill >= 0, "objective.distill", "a number >= 0", self.distill)
+        both = self.contrast > 0 and self.distill > 0
+        _require(not both, "objective", "one of contrast and distill", (self.contrast, self.distill))
 
 
 @dataclass(frozen=True)

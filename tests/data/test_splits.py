@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from e2p.config import SplitConfig
-from e2p.data.splits import SPLITS, resolve_splits, split_by_group
+from e2p.data.splits import SPLITS, drop_training_groups, resolve_splits, split_by_group
 from e2p.errors import DataError
 
 GROUPS = st.lists(st.sampled_from([f"g{i}" for i in range(12)]), min_size=1, max_size=60)
@@ -84,3 +84,19 @@ def test_without_own_column_groups_are_split() -> None:
 def test_a_bad_own_column_is_refused(split: list[str | None], message: str) -> None:
     with pytest.raises(DataError, match=message):
         resolve_splits(keys(split, ["a", "a", "b"]), SplitConfig())
+
+
+@given(st.lists(st.sampled_from("abcdefghij"), min_size=3, max_size=60), st.floats(0.01, 1), st.integers(0, 9))
+def test_a_share_of_the_training_groups_is_kept_whole_and_nested(groups: list[str], share: float, seed: int) -> None:
+    series = pl.Series(groups, dtype=pl.String)
+    codes = np.array([ord(group) % 3 for group in groups], np.int8)
+    training = sorted({group for group, code in zip(groups, codes, strict=True) if code == 0})
+    if not training:
+        return
+    kept = drop_training_groups(series, codes, share, seed)
+    assert (kept[codes != 0] == codes[codes != 0]).all()
+    own = {group for group, code in zip(groups, kept, strict=True) if code == 0}
+    assert len(own) == max(1, round(share * len(training)))
+    assert own.isdisjoint({group for group, code in zip(groups, kept, strict=True) if code == -1})
+    less = drop_training_groups(series, codes, share / 2, seed)
+    assert {group for group, code in zip(groups, less, strict=True) if code == 0} <= own

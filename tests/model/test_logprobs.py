@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from e2p.errors import BackboneError
 from e2p.model.backbone import FrozenBackbone
-from e2p.model.logprobs import Head, label_logprobs
+from e2p.model.logprobs import Head, divergence, label_logprobs
 from tiny import tiny_backbone, tiny_model
 
 N, H, V = 7, 8, 37
@@ -135,3 +135,23 @@ def test_an_output_layer_that_does_something_else_is_refused() -> None:
 def _shifted(output: object) -> object:
     output.logits = output.logits * 1.5  # type: ignore[attr-defined]
     return output
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100, None])
+@pytest.mark.parametrize("kind", ["plain", "bias", "both"])
+def test_the_divergence_is_torchs_own_over_all_logits(kind: str, chunk: int | None) -> None:
+    h = head(kind)
+    student, teacher, upstream = torch.randn(N, H) * 3, torch.randn(N, H) * 3, torch.randn(N)
+    one, two = student.clone().requires_grad_(), student.clone().requires_grad_()
+    target = teacher.clone().requires_grad_()
+    ours = divergence(one, target, h, chunk)
+    logs = [h(states).log_softmax(-1) for states in (two, teacher)]
+    theirs = torch.nn.functional.kl_div(logs[0], logs[1], log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    (ours * upstream).sum().backward()
+    (theirs * upstream).sum().backward()
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5)
+    assert target.grad is None  # the teacher is not taught
+    with torch.no_grad():
+        torch.testing.assert_close(divergence(student, teacher, h, chunk), ours.detach())
+        assert divergence(student, student, h).abs().max() < 1e-6

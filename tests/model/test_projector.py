@@ -216,3 +216,37 @@ def test_shapes_are_declared_and_checked_while_tests_run() -> None:
         projector()(torch.zeros(D))
     with pytest.raises(TypeCheckError):
         projector()(torch.zeros(2, D), torch.tensor([True]))
+
+
+@pytest.mark.parametrize("norm", ["paper", "matched"])
+def test_static_plus_user_is_the_sum_of_a_static_token_and_phi(norm: str) -> None:
+    phi = projector(norm=norm, prefix_tokens=2, hidden_dim=7, form="static+user", input_norm="none")
+    with torch.no_grad():
+        for parameter in phi.parameters():
+            parameter.normal_()
+    c = np.random.default_rng(0).normal(size=(5, D))
+    assert phi.shared is not None
+    static = equation_2(phi.shared, np.ones((1, D)))
+    out = phi(torch.tensor(c, dtype=torch.float32)).detach().numpy()
+    np.testing.assert_allclose(out, equation_2(phi, c) + static, rtol=1e-4, atol=1e-5)
+    nobody = phi(torch.zeros(1, D), torch.tensor([False])).detach().numpy()
+    null = phi.null_vector.detach().numpy()[None]
+    np.testing.assert_allclose(nobody, equation_2(phi, null) + static, rtol=1e-4, atol=1e-5)
+    shapes = {name: list(value.shape) for name, value in phi.state_dict().items()}
+    assert shapes == PrefixProjector.weight_shapes(D, H, phi.config)
+
+
+def test_static_plus_user_starts_at_the_norm_of_a_token_at_its_anchor() -> None:
+    anchor, vectors = torch.randn(1, H), torch.randn(300, D)
+    phi = projector(1, anchor, 3.0, hidden_dim=64, form="static+user", user_scale=0.3)
+    out = phi(vectors).detach()[:, 0]
+    assert float(out.square().sum(-1).mean().sqrt()) == pytest.approx(3.0, rel=0.1)
+    assert float(torch.cosine_similarity(out, anchor).mean()) > 0.85
+
+
+def test_static_plus_user_as_a_control_looks_at_no_vector() -> None:
+    torch.manual_seed(0)
+    control = StaticPrefix(D, H, ProjectorConfig(hidden_dim=7, form="static+user"))
+    assert torch.equal(control(torch.zeros(3, D)), control(torch.randn(3, D)))
+    shapes = {name: list(value.shape) for name, value in control.state_dict().items()}
+    assert shapes == StaticPrefix.weight_shapes(D, H, control.config)

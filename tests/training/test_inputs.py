@@ -17,7 +17,7 @@ from e2p.config import RunConfig, SplitConfig
 from e2p.data.tables import EmbeddingTable, write_embeddings
 from e2p.data.tokenised import TokenisedExamples
 from e2p.errors import ConfigError, DataError
-from e2p.training.inputs import RunInputs, deal
+from e2p.training.inputs import RunInputs, deal, strangers
 from e2p.training.run import shuffled_rows
 from tiny_run import WORDS, examples_frame, inputs_of, tiny_run
 
@@ -195,3 +195,48 @@ def test_shuffled_rows_exchange_the_users(config: RunConfig) -> None:
     assert sorted(set(rows.tolist())) == sorted(set(inputs.vector_rows.tolist()))
     per_user = pl.DataFrame({"user": inputs.keys["user_id"], "row": rows}).group_by("user").agg(pl.col("row").unique())
     assert per_user["row"].list.len().to_list() == [1] * 20
+
+
+@given(
+    st.lists(PAIRS, min_size=1, max_size=40), st.lists(PAIRS, min_size=1, max_size=30, unique=True), st.integers(0, 9)
+)
+def test_a_stranger_is_another_user_as_of_the_examples_time(
+    examples: list[tuple[int, int]], vectors: list[tuple[int, int]], seed: int
+) -> None:
+    inputs = inputs_by_hand(examples, vectors)
+    part = np.arange(0, len(examples), 2)
+    known = {examples[at][0] for at in part if inputs.vector_rows[at] >= 0}
+    if len(known) < 2:
+        with pytest.raises(DataError, match="expected at least two users with a vector"):
+            strangers(inputs, part, [seed])
+        return
+    found = strangers(inputs, part, [seed])
+    assert (strangers(inputs, part, [seed]) == found).all()
+    assert (found[1::2] == inputs.vector_rows[1::2]).all()
+    for at in part:
+        (user, week), own = examples[at], inputs.vector_rows[at]
+        assert (found[at] < 0) == (own < 0)
+        if own >= 0:
+            owner, made = vectors[found[at]]
+            assert owner != user
+            assert owner in known
+            weeks = [w for u, w in vectors if u == owner]
+            assert made == max((w for w in weeks if w <= week), default=min(weeks))
+
+
+def test_strangers_differ_from_example_to_example_and_all_are_met() -> None:
+    inputs = inputs_by_hand([(user, 0) for user in range(5)] * 100, [(user, 0) for user in range(5)])
+    found = strangers(inputs, np.arange(500), [1])
+    of_the_first = found[::5]
+    assert np.bincount(of_the_first, minlength=5)[0] == 0
+    assert (np.bincount(of_the_first, minlength=5)[1:] > 10).all()
+
+
+def test_a_share_of_the_training_users_leaves_the_rest_of_the_split_as_it_was(config: RunConfig) -> None:
+    whole = load(config)
+    part = load(replace(config, data=replace(config.data, train_share=0.5)))
+    assert part.counts["train_users"] == whole.counts["train_users"] // 2
+    assert part.counts["dropped_without_vector"] == 0
+    for name in ("validation", "test"):
+        assert (part.rows(name) == whole.rows(name)).all()
+    assert set(part.rows("train")) < set(whole.rows("train"))

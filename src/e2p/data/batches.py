@@ -94,8 +94,14 @@ class Examples:
         lengths = self.tokens.prompt_lengths[rows], self.tokens.completion_lengths[rows]
         return np.lexsort((lengths[0], lengths[1] // 3))
 
-    def batch(self, rows: Ints, drop: npt.NDArray[np.bool_] | None = None) -> Batch:
-        """Fetch and pad rows of the table; ``drop`` marks those whose vector is replaced by the null user [n]."""
+    def batch(self, rows: Ints, drop: npt.NDArray[np.bool_] | None = None, vector_rows: Ints | None = None) -> Batch:
+        """Fetch and pad rows of the table.
+
+        Args:
+            rows: rows of the table [n]; the same one may stand there twice.
+            drop: marks those whose vector is replaced by the null user [n].
+            vector_rows: rows of ``vectors`` in the place of the examples' own [n].
+        """
         items = [self.tokens[int(row)] for row in rows]
         places = {
             "before_bos": lambda item: 0,
@@ -103,7 +109,7 @@ class Examples:
             "after_system": lambda item: item.after_system,
             "before_completion": lambda item: len(item.prompt),
         }
-        which = self.vector_rows[rows]
+        which = self.vector_rows[rows] if vector_rows is None else vector_rows
         present = which >= 0 if drop is None else (which >= 0) & ~drop
         return make_batch(
             [item.prompt for item in items],
@@ -179,11 +185,13 @@ class Step:
         passes: rows of the table for each forward pass.
         dropped: for each pass, rows whose vector is replaced by the null user.
         label_tokens: labelled tokens of the step over all processes: what the loss is divided by.
+        epoch: the epoch that it belongs to.
     """
 
     passes: list[Ints]
     dropped: list[npt.NDArray[np.bool_]]
     label_tokens: int
+    epoch: int
 
 
 def epoch_steps(
@@ -217,10 +225,10 @@ def epoch_steps(
         mine = step[rank::world]
         if not len(mine):
             # A last step smaller than the number of processes: take part in the gradient exchange with no examples.
-            yield Step([], [], examples.label_tokens(step))
+            yield Step([], [], examples.label_tokens(step), epoch)
             continue
         passes = [mine[part] for part in token_passes(examples.widths(mine), budget)]
-        yield Step(passes, [drop[part] for part in passes], examples.label_tokens(step))
+        yield Step(passes, [drop[part] for part in passes], examples.label_tokens(step), epoch)
 
 
 def steps_per_epoch(examples: Examples, batch_size: int) -> int:

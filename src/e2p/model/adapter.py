@@ -213,6 +213,7 @@ def projector_config(path: str | Path, values: Mapping[str, Any]) -> ProjectorCo
         AdapterError: a setting is unknown, missing or out of range.
     """
     names = {field.name for field in dataclasses.fields(ProjectorConfig)}
+    values = {"form": "phi", **values}  # the only form there was, before it was written down
     if set(values) != names:
         differs = ", ".join(sorted(set(values) ^ names))
         raise AdapterError(

@@ -16,7 +16,7 @@ from e2p.data.batches import Batch
 from e2p.data.templates import EncodedPrompt
 from e2p.errors import BackboneError
 from e2p.model.loading import load_causal_lm
-from e2p.model.logprobs import Head, label_logprobs
+from e2p.model.logprobs import Head, divergence, label_logprobs
 from e2p.model.precision import autocast_dtype, prepare_autocast
 from e2p.model.splice import Spliced, splice
 
@@ -164,15 +164,37 @@ class FrozenBackbone(nn.Module):
         tokens stand right before the completion, the prompt depends on no trained weight: it runs without gradient
         and once for all rows that share it.
         """
-        late = prefix is not None and bool((batch.splice == batch.prompt_lengths).all())
         with self._autocast():
-            if late and self.share_prompts and not self._checkpointing:
-                assert prefix is not None
-                hidden = self._after_shared_prompt(batch, prefix)
-            else:
-                hidden = self._whole_sequence(batch, prefix)
-            labelled = _within(batch.completion_lengths, batch.completion.shape[1])
-            return label_logprobs(hidden[labelled], batch.completion[labelled], self.head)
+            labels = batch.completion[_within(batch.completion_lengths, batch.completion.shape[1])]
+            return label_logprobs(self._completion_hidden(batch, prefix), labels, self.head)
+
+    def distilled_logprobs(
+        self, batch: Batch, prefix: Float[Tensor, "b k h"], teacher: Batch
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+        """:meth:`completion_logprobs`, and at each of these tokens the Kullback-Leibler divergence of this model on
+        ``teacher``, without soft tokens, from this model on ``batch`` with them.
+
+        Args:
+            batch: the student's rows.
+            prefix: their soft tokens.
+            teacher: the same completions after other prompts, row by row.
+        """
+        with self._autocast():
+            with torch.no_grad():
+                target = self._completion_hidden(teacher, None)
+            hidden = self._completion_hidden(batch, prefix)
+            labels = batch.completion[_within(batch.completion_lengths, batch.completion.shape[1])]
+            return label_logprobs(hidden, labels, self.head), divergence(hidden, target, self.head)
+
+    def _completion_hidden(self, batch: Batch, prefix: Tensor | None) -> Tensor:
+        """Hidden states that predict each completion token, row after row [n, H]."""
+        late = prefix is not None and bool((batch.splice == batch.prompt_lengths).all())
+        if late and self.share_prompts and not self._checkpointing:
+            assert prefix is not None
+            hidden = self._after_shared_prompt(batch, prefix)
+        else:
+            hidden = self._whole_sequence(batch, prefix)
+        return hidden[_within(batch.completion_lengths, batch.completion.shape[1])]
 
     def _whole_sequence(self, batch: Batch, prefix: Tensor | None) -> Tensor:
         """Hidden states [B, C, H] that predict each completion token, from one pass over everything."""

@@ -92,9 +92,18 @@ class E2PModel(nn.Module):
             phi = _projector(backbone, embedding_dim, projector, static)
         return cls(backbone, phi, text_encoder(backbone, data or DataConfig(), projector.prefix_tokens))
 
-    def forward(self, batch: Batch, use_prefix: bool = True) -> Float[Tensor, "n"]:
-        """log p of every completion token of a batch, row after row (see FrozenBackbone.completion_logprobs)."""
+    def forward(
+        self, batch: Batch, use_prefix: bool = True, teacher: Batch | None = None
+    ) -> Float[Tensor, "n"] | tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+        """log p of every completion token of a batch, row after row (see FrozenBackbone.completion_logprobs).
+
+        With ``teacher``, the same completions after other prompts, also the divergence of this from the frozen model's
+        distributions there (see FrozenBackbone.distilled_logprobs).
+        """
         prefix = self.projector(batch.embeddings, batch.present) if use_prefix else None
+        if teacher is not None:
+            assert prefix is not None
+            return self.backbone.distilled_logprobs(batch, prefix, teacher)
         return self.backbone.completion_logprobs(batch, prefix)
 
     def prefix(self, embeddings: Vectors | None, rows: int) -> Float[Tensor, "b k h"]:

@@ -138,3 +138,38 @@ def _by_autograd(hidden: Tensor, labels: Tensor, head: Head, with_gradient: bool
         value = logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
         part = torch.autograd.grad(value.sum(), inputs)[0] if with_gradient else None
     return value.detach(), part
+
+
+def divergence(
+    student: Float[Tensor, "n h"], teacher: Float[Tensor, "n h"], head: Head, chunk: int | None = None
+) -> Float[Tensor, "n"]:
+    """KL(teacher || student) of the next token's distributions at each position, in nats, float32.
+
+    As in :func:`label_logprobs`, the gradient with respect to ``student`` is made in the forward pass, so that logits
+    exist for a chunk of positions at a time. The teacher gets none.
+    """
+    vocabulary = int(head.linear.weight.shape[0])
+    if chunk is None:
+        chunk = max(64, (_CPU_ROWS * _CPU_TILE if student.device.type == "cpu" else _DEVICE_BYTES // 4) // vocabulary)
+    return _Divergence.apply(student, teacher.detach(), head, chunk)
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, head: Head, chunk: int) -> Tensor:
+        values, gradients = [], []
+        for start in range(0, len(student), chunk):
+            with torch.enable_grad():
+                inputs = student[start : start + chunk].detach().requires_grad_(student.requires_grad)
+                log_p = head(teacher[start : start + chunk]).log_softmax(-1)
+                value = (log_p.exp() * (log_p - head(inputs).log_softmax(-1))).sum(-1)
+                if student.requires_grad:
+                    gradients.append(torch.autograd.grad(value.sum(), inputs)[0])
+            values.append(value.detach())
+        ctx.save_for_backward(torch.cat(gradients) if gradients else None)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (None if gradient is None else gradient * grad[:, None].to(gradient.dtype)), None, None, None

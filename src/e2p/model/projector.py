@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,10 @@ class PrefixProjector(nn.Module):
         # The null user is a vector like any other, of the size that input normalisation gives one. A learned soft token
         # would be simpler, but train slower than all that passes through phi's hidden layer (docs/findings.md).
         self.null_vector = nn.Parameter(torch.randn(embedding_dim))
+        self.shared: StaticPrefix | None = None
+        if config.form == "static+user":
+            alone = replace(config, form="phi")
+            self.shared = StaticPrefix(embedding_dim, hidden_size, alone, anchor=anchor, token_norm=token_norm)
         # Statistics of the input are data, not weights: they are saved in a file of their own.
         self.register_buffer("input_mean", torch.zeros(embedding_dim), persistent=False)
         self.register_buffer("input_scale", torch.ones(embedding_dim), persistent=False)
@@ -63,7 +68,8 @@ class PrefixProjector(nn.Module):
                 # After the LayerNorm the hidden vector has norm sqrt(width).
                 spread = config.user_scale * shared * token_norm / math.sqrt(config.hidden_dim * hidden_size)
                 nn.init.normal_(self.w2.weight, std=spread)
-                self.w2.bias.copy_(start.flatten() * shared)
+                # What all users share stands in one place at the start.
+                self.w2.bias.copy_(torch.zeros(k * hidden_size) if self.shared else start.flatten() * shared)
             if config.input_norm == "l2":
                 self.null_vector.div_(self.null_vector.norm())
 
@@ -71,14 +77,15 @@ class PrefixProjector(nn.Module):
     def weight_shapes(embedding_dim: int, hidden_size: int, config: ProjectorConfig) -> dict[str, list[int]]:
         """Names and shapes of the weights, without making them: a broken record may ask for any size."""
         k, width = config.prefix_tokens, config.hidden_dim
-        return {
+        phi = {
             "w1.weight": [width, embedding_dim],
             "norm.weight": [width],
             "norm.bias": [width],
             "w2.weight": [k * hidden_size, width],
             "w2.bias": [k * hidden_size],
-            "null_vector": [embedding_dim],
         }
+        shared = {f"shared.{name}": shape for name, shape in phi.items()} if config.form == "static+user" else {}
+        return phi | shared | {"null_vector": [embedding_dim]}
 
     @torch.no_grad()
     def fit_input(self, vectors: Float[Tensor, "n d"]) -> None:
@@ -116,9 +123,10 @@ class PrefixProjector(nn.Module):
             return self._through(inputs)
 
     def _through(self, inputs: Float[Tensor, "b d"]) -> Float[Tensor, "b k h"]:
-        """Eq. 2 on normalised inputs."""
+        """Eq. 2 on normalised inputs, and what all users share where that is apart."""
         hidden = self.norm(torch.relu(self.w1(inputs)))
-        return self.w2(hidden).view(-1, self.config.prefix_tokens, self.hidden_size)
+        prefix: Tensor = self.w2(hidden).view(-1, self.config.prefix_tokens, self.hidden_size)
+        return prefix if self.shared is None else prefix + self.shared(inputs[:1])
 
 
 class StaticPrefix(PrefixProjector):

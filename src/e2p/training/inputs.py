@@ -14,7 +14,7 @@ from e2p.config import DataConfig, Position
 from e2p.data.asof import asof_rows
 from e2p.data.batches import Examples, Ints
 from e2p.data.sources import cache_root
-from e2p.data.splits import SPLITS, resolve_splits
+from e2p.data.splits import SPLITS, drop_training_groups, resolve_splits
 from e2p.data.tables import EmbeddingTable, example_keys, open_embeddings
 from e2p.data.templates import TextEncoder
 from e2p.data.tokenised import TokenisedExamples, tokenise
@@ -113,7 +113,9 @@ def join_tables(config: DataConfig) -> JoinedTables:
         )
     joined = asof_rows(keys, embeddings)
     split = resolve_splits(keys, config.split).astype(np.int8)
-    missing = joined.rows < 0
+    if config.train_share < 1:
+        split = drop_training_groups(keys["group"], split, config.train_share, config.split.seed)
+    missing = (joined.rows < 0) & (split >= 0)
     if missing.any():
         if config.missing_vector == "error":
             raise DataError(
@@ -150,7 +152,7 @@ def load_inputs(
     counts = {
         **{part: int((split == code).sum()) for code, part in enumerate(SPLITS)},
         **{f"{part}_users": keys.filter(split == code)["user_id"].n_unique() for code, part in enumerate(SPLITS)},
-        "dropped_without_vector": int((~kept).sum()),
+        "dropped_without_vector": int(((tables.vector_rows < 0) & ~kept).sum()),
         "null_user_without_vector": int(((tables.vector_rows < 0) & kept).sum()),
         "cut_prompts": int((tokens.column("cut_prompt")[kept] > 0).sum()),
         "cut_completions": int(tokens.column("cut_completion")[kept].sum()),
@@ -177,19 +179,45 @@ def deal(inputs: RunInputs, rows: Ints, seed: Sequence[int]) -> Ints:
     """
     own = inputs.vector_rows[rows]
     users, which = np.unique(inputs.keys["user_id"].to_numpy()[rows], return_inverse=True)
-    known = np.unique(which[own >= 0])
-    if len(known) < 2:
-        raise DataError(f"expected at least two users with a vector to exchange them, got {len(known)}")
+    known = _known(which, own)
     order = known[np.random.default_rng(list(seed)).permutation(len(known))]
     other = np.arange(len(users))
     other[order] = np.roll(order, 1)  # one cycle through all users has no fixed point
-    asked = inputs.keys[rows].with_columns(user_id=pl.Series(users[other[which]], dtype=pl.String))
-    dealt = asof_rows(asked, inputs.embeddings).rows.copy()
-    none_yet = np.flatnonzero((own >= 0) & (dealt < 0))
+    out = inputs.vector_rows.copy()
+    out[rows] = np.where(own >= 0, _as_of(inputs, rows, users[other[which]], own), -1)
+    return out
+
+
+def strangers(inputs: RunInputs, rows: Ints, seed: Sequence[int]) -> Ints:
+    """For each example by itself, another user among those of ``rows``, seeded: what the contrastive term is against.
+
+    Arguments, result and errors as of :func:`deal`, which exchanges whole users; times are respected in the same way.
+    """
+    own = inputs.vector_rows[rows]
+    users, which = np.unique(inputs.keys["user_id"].to_numpy()[rows], return_inverse=True)
+    known = _known(which, own)
+    at = np.searchsorted(known, which)  # his place among the known users, if he is one
+    step = np.random.default_rng(list(seed)).integers(1, len(known), len(rows))
+    out = inputs.vector_rows.copy()
+    out[rows] = np.where(own >= 0, _as_of(inputs, rows, users[known[(at + step) % len(known)]], own), -1)
+    return out
+
+
+def _known(which: Ints, own: Ints) -> Ints:
+    """Users, as numbers, that have a vector."""
+    known = np.unique(which[own >= 0])
+    if len(known) < 2:
+        raise DataError(f"expected at least two users with a vector to exchange them, got {len(known)}")
+    return known
+
+
+def _as_of(inputs: RunInputs, rows: Ints, users: npt.NDArray[np.object_], own: Ints) -> Ints:
+    """Vector rows of these users as of these examples' times [n]; where one had none yet, his first."""
+    asked = inputs.keys[rows].with_columns(user_id=pl.Series(users, dtype=pl.String))
+    found = asof_rows(asked, inputs.embeddings).rows.copy()
+    none_yet = np.flatnonzero((own >= 0) & (found < 0))
     if len(none_yet):
         first = inputs.embeddings.keys.with_row_index("row").sort("timestamp").unique("user_id", keep="first")
-        names = pl.DataFrame({"user_id": users[other[which[none_yet]]]})
-        dealt[none_yet] = names.join(first, on="user_id", how="left", maintain_order="left")["row"].to_numpy()
-    out = inputs.vector_rows.copy()
-    out[rows] = np.where(own >= 0, dealt, -1)
-    return out
+        names = pl.DataFrame({"user_id": users[none_yet]}, schema={"user_id": pl.String})
+        found[none_yet] = names.join(first, on="user_id", how="left", maintain_order="left")["row"].to_numpy()
+    return found

@@ -17,12 +17,14 @@ from rich.console import Console
 
 from e2p.config import RunConfig, load_yaml, save_yaml, to_dict
 from e2p.data.batches import Ints, steps_per_epoch
+from e2p.data.sources import cache_root
 from e2p.data.splits import SPLITS
+from e2p.data.tokenised import TokenisedExamples, tokenise
 from e2p.errors import ConfigError, RunError
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel, text_encoder
 from e2p.provenance import provenance
-from e2p.training.inputs import RunInputs, deal, join_tables, load_inputs
+from e2p.training.inputs import RunInputs, deal, join_tables, load_inputs, strangers
 from e2p.training.trainer import E2PTrainer, trainable
 
 TRAINED_ARMS = ("e2p", "static", "shuffled")
@@ -31,7 +33,9 @@ INPUTS = "inputs.json"
 RUN_FILES = frozenset(
     {
         *("config.yaml", INPUTS, "training.json", ".training.json", "adapter", "checkpoints", "controls"),
-        *("scores.parquet", "results.json", ".results.json", "report.html", "report.md", "figures"),
+        *("scores.parquet", "scored.json", ".scored.json", "seeds"),
+        *("results.json", ".results.json", "report.html", "report.md", "figures"),
+        *("space.parquet", "covariates.parquet", "tables.tex", "comparisons.csv", "arms.csv"),
     }
 )
 
@@ -245,6 +249,7 @@ def train_arm(
     )
     model.embedding_versions = inputs.embeddings.versions
     model.projector.fit_input(torch.from_numpy(inputs.train_vectors()).to(backbone.device))
+    model.objective = to_dict(config.objective)
     vectors = shuffled_rows(inputs, budget.seed) if arm == "shuffled" else None
     trainer = E2PTrainer(
         model,
@@ -252,6 +257,10 @@ def train_arm(
         inputs.examples("train", vector_rows=vectors),
         inputs.examples("validation", vector_rows=vectors),
         target / "checkpoints",
+        # Nobody is a stranger to soft tokens that do not depend on the user.
+        objective=replace(config.objective, contrast=0.0) if arm == "static" else config.objective,
+        strangers=lambda epoch: strangers(inputs, inputs.rows("train"), [budget.seed, 5, epoch]),
+        teacher=_teacher(config, model) if config.objective.distill else None,
         title=arm,
         console=console,
     )
@@ -296,6 +305,11 @@ def train_arm(
         model.save_pretrained(target / "adapter", overwrite=True)
     trainer.accelerator.wait_for_everyone()
     return model, record
+
+
+def _teacher(config: RunConfig, model: E2PModel) -> TokenisedExamples:
+    """The run's examples as the frozen model reads them with the profile text."""
+    return tokenise(config.data.examples, model.encoder, cache_root(config.data.cache_dir), with_profile=True)
 
 
 def shuffled_rows(inputs: RunInputs, seed: int) -> Ints:

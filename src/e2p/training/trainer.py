@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -16,11 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from e2p.config import TrainingConfig
-from e2p.data.batches import Batch, Examples, Step, epoch_steps, steps_per_epoch, token_passes
+from e2p.config import ObjectiveConfig, TrainingConfig
+from e2p.data.batches import Batch, Examples, Ints, Step, epoch_steps, steps_per_epoch, token_passes
+from e2p.data.tokenised import TokenisedExamples
 from e2p.errors import ConfigError, RunError
 from e2p.model.e2p import E2PModel
-from e2p.training.objectives import lm_loss
+from e2p.training.objectives import contrastive_loss, distillation_loss, lm_loss
 from e2p.training.progress import ProgressBar
 
 _PHI = "phi.safetensors"
@@ -46,6 +50,9 @@ class E2PTrainer(Trainer):
         train: training examples.
         validation: examples for early stopping and for choosing the best weights.
         output: folder for checkpoints and TensorBoard logs.
+        objective: what is minimised; the contrastive term needs ``strangers``, the distilling one ``teacher``.
+        strangers: epoch -> row of another user's vector for every example of the table [N], -1 without one.
+        teacher: the same table with the profile texts in the prompts.
         title: what the progress bar is called.
         console: where progress is shown; None shows none.
     """
@@ -58,10 +65,16 @@ class E2PTrainer(Trainer):
         validation: Examples,
         output: str | Path,
         *,
+        objective: ObjectiveConfig | None = None,
+        strangers: Callable[[int], Ints] | None = None,
+        teacher: TokenisedExamples | None = None,
         title: str = "phi",
         console: Console | None = None,
     ) -> None:
         self.budget, self.train_examples, self.validation_examples = config, train, validation
+        self.objective, self.strangers = objective or ObjectiveConfig(), strangers
+        self.teacher = None if teacher is None else replace(train, tokens=teacher)
+        self._drawn: tuple[int, Ints] | None = None
         if config.gradient_checkpointing:
             model.backbone.enable_gradient_checkpointing()
         in_epoch = steps_per_epoch(train, config.batch_size)
@@ -131,7 +144,10 @@ class E2PTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Steps of this process; every process computes the same plan, so nothing is dispatched."""
         null_prob = self.model.projector.config.null_prob
-        plans = _Plans(self.train_examples, self.budget, null_prob, self.args.process_index, self.args.world_size)
+        # With the contrastive term, every row of a pass stands there twice.
+        half = replace(self.budget, tokens_per_pass=max(1, self.budget.tokens_per_pass // 2))
+        budget = half if self.objective.contrast else self.budget
+        plans = _Plans(self.train_examples, budget, null_prob, self.args.process_index, self.args.world_size)
         return _StepLoader(plans)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -150,20 +166,51 @@ class E2PTrainer(Trainer):
         model.train()
         world = self.args.world_size
         total = torch.zeros((), device=self.args.device)
-        batches = [self.train_examples.batch(rows, drop) for rows, drop in zip(step.passes, step.dropped, strict=True)]
-        for at, batch in enumerate(batches):
+        passes = list(zip(step.passes, step.dropped, strict=True))
+        for at, (rows, drop) in enumerate(passes):
             # Gradients are exchanged between processes once a step, not once a pass.
-            last = at == len(batches) - 1
+            last = at == len(passes) - 1
             wait = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
             with wait:
                 # DDP averages over processes; the loss is a share of the step's sum, so it is scaled back.
-                loss = lm_loss(model(batch.to(self.args.device)), step.label_tokens) * world
+                loss = self._pass_loss(model, rows, drop, step) * world
                 self.accelerator.backward(loss)
             total += loss.detach()
-        if not batches:  # fewer examples than processes: exchange zeros so that the others do not wait for ever
+        if not passes:  # fewer examples than processes: exchange zeros so that the others do not wait for ever
             idle = self.train_examples.batch(self.train_examples.rows[:1]).to(self.args.device)
             self.accelerator.backward(model(idle).sum() * 0)
         return total
+
+    def _pass_loss(self, model: nn.Module, rows: Ints, drop: npt.NDArray[np.bool_], step: Step) -> Tensor:
+        """This pass's share of the step's loss."""
+        weights, device, own = self.objective, self.args.device, self.train_examples.vector_rows[rows]
+        if weights.distill:
+            assert self.teacher is not None
+            batch, teacher = self.train_examples.batch(rows, drop), self.teacher.batch(rows)
+            logprobs, divergence = model(batch.to(device), teacher=teacher.to(device))
+            distilled = weights.distill * distillation_loss(divergence, step.label_tokens)
+            return lm_loss(logprobs, step.label_tokens) + distilled
+        if not weights.contrast:
+            return lm_loss(model(self.train_examples.batch(rows, drop).to(device)), step.label_tokens)
+        others = self._strangers_of(step.epoch)[rows]
+        facing = ~drop & (own >= 0) & (others >= 0)  # the null user has no strangers
+        batch = self.train_examples.batch(
+            np.concatenate([rows, rows[facing]]),
+            np.concatenate([drop, drop[facing]]),
+            np.concatenate([own, others[facing]]),
+        ).to(device)
+        lengths, marked = batch.completion_lengths, torch.from_numpy(facing).to(device)
+        first, second = model(batch).tensor_split([int(lengths[: len(rows)].sum())])
+        faced = first[marked.repeat_interleave(lengths[: len(rows)])]
+        contrast = contrastive_loss(faced, second, lengths[len(rows) :], weights.contrast_margin, step.label_tokens)
+        return lm_loss(first, step.label_tokens) + weights.contrast * contrast
+
+    def _strangers_of(self, epoch: int) -> Ints:
+        """Drawn once an epoch, and again by a resumed run."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            assert self.strangers is not None
+            self._drawn = epoch, self.strangers(epoch)
+        return self._drawn[1]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

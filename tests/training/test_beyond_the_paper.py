@@ -1,0 +1,156 @@
+"""The contrastive and the distilling term in training: a step by hand, resumption, and what each is for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from e2p.config import ObjectiveConfig, RunConfig, to_dict
+from e2p.data.batches import epoch_steps
+from e2p.data.sources import cache_root
+from e2p.data.tokenised import tokenise
+from e2p.errors import ConfigError, DataError
+from e2p.model.e2p import E2PModel, text_encoder
+from e2p.training.inputs import RunInputs, strangers
+from e2p.training.run import train_arm
+from tiny_run import inputs_of, tiny_run, with_training
+
+CONTRAST = ObjectiveConfig(contrast=0.7, contrast_margin=0.2)
+DISTILL = ObjectiveConfig(distill=0.7)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return tiny_run(tmp_path_factory.mktemp("beyond"))
+
+
+@pytest.fixture(scope="module")
+def loaded(base: RunConfig) -> tuple[Any, RunInputs]:
+    return inputs_of(base)
+
+
+def one_step(base: RunConfig, loaded: tuple[Any, RunInputs], objective: ObjectiveConfig, folder: Path) -> float:
+    """The loss of the first step of a training with this objective, in small passes."""
+    config = replace(with_training(base, max_steps=1, tokens_per_pass=40), objective=objective, output=str(folder))
+    _, record = train_arm(config, *loaded, "e2p", folder, None)
+    return next(entry["loss"] for entry in record["history"] if "loss" in entry)
+
+
+def first_step(base: RunConfig, loaded: tuple[Any, RunInputs]) -> tuple[E2PModel, list[tuple[int, bool]], int]:
+    """The untrained model, the first step's rows with whether their vector is dropped, and its labelled tokens."""
+    backbone, inputs = loaded
+    model = E2PModel.from_backbone(
+        backbone, inputs.embeddings.dim, base.projector, data=base.data, seed=base.training.seed
+    )
+    model.projector.fit_input(torch.from_numpy(inputs.train_vectors()))
+    plan = epoch_steps(
+        inputs.examples("train"), batch_size=8, budget=10**6, null_prob=base.projector.null_prob, seed=42, epoch=0
+    )
+    step = next(plan)
+    rows = [(int(r), bool(d)) for part, drop in zip(step.passes, step.dropped, strict=True)
+            for r, d in zip(part, drop, strict=True)]  # fmt: skip
+    return model, rows, step.label_tokens
+
+
+def test_the_contrastive_step_is_what_a_loop_over_examples_gives(
+    base: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path
+) -> None:
+    _, inputs = loaded
+    model, rows, tokens = first_step(base, loaded)
+    others = strangers(inputs, inputs.rows("train"), [42, 5, 0])
+    examples, loss = inputs.examples("train"), 0.0
+    assert any(dropped for _, dropped in rows)
+    with torch.no_grad():
+        for row, dropped in rows:
+            own = model(examples.batch(np.array([row]), np.array([dropped])))
+            loss -= float(own.sum())
+            if not dropped:  # the null user has no strangers
+                other = model(examples.batch(np.array([row]), None, others[[row]]))
+                loss += CONTRAST.contrast * max(0.0, 0.2 * len(own) - float(own.sum() - other.sum()))
+    assert one_step(base, loaded, CONTRAST, tmp_path / "run") == pytest.approx(loss / tokens, abs=1e-5)
+
+
+def test_the_distilling_step_is_what_a_loop_over_examples_gives(
+    base: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path
+) -> None:
+    backbone, inputs = loaded
+    model, rows, tokens = first_step(base, loaded)
+    encoder = text_encoder(backbone, base.data, 1)
+    profiled = tokenise(base.data.examples, encoder, cache_root(base.data.cache_dir), with_profile=True)
+    examples, loss = inputs.examples("train"), 0.0
+    with torch.no_grad():
+        for row, dropped in rows:
+            batch = examples.batch(np.array([row]), np.array([dropped]))
+            prefix = model.projector(batch.embeddings, batch.present)
+            item = inputs.tokens[row]
+            prompt, completion = backbone.embed(batch.prompt), torch.tensor(item.completion.tolist())
+            tail = backbone.embed(completion[None, :-1])
+            student = backbone.model(inputs_embeds=torch.cat([prompt, prefix, tail], 1)).logits[0, prompt.shape[1] :]
+            known = [*profiled[row].prompt.tolist(), *completion[:-1].tolist()]
+            teacher = backbone.model(torch.tensor([known])).logits[0, len(profiled[row].prompt) - 1 :]
+            p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+            loss -= float(q.gather(1, completion[:, None]).sum())
+            loss += DISTILL.distill * float((p.exp() * (p - q)).sum())
+    assert one_step(base, loaded, DISTILL, tmp_path / "run") == pytest.approx(loss / tokens, abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", [CONTRAST, DISTILL])
+def test_a_resumed_training_draws_the_same_strangers(
+    base: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path, objective: ObjectiveConfig
+) -> None:
+    config = replace(base, objective=objective)
+    whole, record = train_arm(config, *loaded, "e2p", tmp_path / "whole", None)
+    train_arm(config, *loaded, "e2p", tmp_path / "parts", None)
+    for later in (tmp_path / "parts" / "checkpoints").glob("checkpoint-*"):
+        if int(later.name.split("-")[1]) == record["steps"]:
+            (later / "trainer_state.json").unlink()  # as if killed while it was written
+    resumed, again = train_arm(config, *loaded, "e2p", tmp_path / "parts", None, resume=True)
+    assert again["steps"] == record["steps"]
+    for name, value in whole.projector.state_dict().items():
+        torch.testing.assert_close(resumed.projector.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_contrast_widens_the_gap_between_own_and_another_users_vector(
+    base: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path
+) -> None:
+    _, inputs = loaded
+    gaps = []
+    for name, objective in (("plain", ObjectiveConfig()), ("contrast", ObjectiveConfig(contrast=1.0, contrast_margin=3.0))):
+        config = replace(with_training(base, epochs=8), objective=objective)
+        model, _ = train_arm(config, *loaded, "e2p", tmp_path / name, None)
+        rows = inputs.rows("validation")
+        others = strangers(inputs, rows, [1])
+        with torch.no_grad():
+            own = model(inputs.examples("validation").batch(rows))
+            other = model(inputs.examples("validation").batch(rows, None, others[rows]))
+        gaps.append(float((own - other).mean()))
+    assert gaps[1] > 1.1 * gaps[0] > 0
+
+
+def test_the_static_control_gets_no_contrast_and_the_adapter_knows_its_objective(
+    base: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path
+) -> None:
+    plain, _ = train_arm(base, *loaded, "static", tmp_path / "plain", None)
+    config = replace(base, objective=CONTRAST)
+    contrasted, _ = train_arm(config, *loaded, "static", tmp_path / "contrast", None)
+    for name, value in plain.projector.state_dict().items():
+        assert torch.equal(contrasted.projector.state_dict()[name], value)
+    path = tmp_path / "contrast" / "controls" / "static" / "adapter" / "adapter_config.json"
+    assert json.loads(path.read_text())["objective"] == to_dict(CONTRAST)
+
+
+def test_distilling_needs_profiles_and_says_so(tmp_path: Path) -> None:
+    config = replace(tiny_run(tmp_path, profile=False), objective=DISTILL)
+    with pytest.raises(DataError, match="expects a text in column 'profile'"):
+        train_arm(config, *inputs_of(config), "e2p", tmp_path / "run", None)
+
+
+def test_the_two_terms_are_not_for_one_run() -> None:
+    with pytest.raises(ConfigError, match="expected one of contrast and distill"):
+        ObjectiveConfig(contrast=1, distill=1)
