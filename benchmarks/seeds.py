@@ -13,7 +13,7 @@ from rich.console import Console
 
 from e2p.config import RunConfig
 from e2p.evaluation.aggregate import aggregate
-from e2p.evaluation.audit import judge
+from e2p.evaluation.judge import judge
 from e2p.evaluation.report import load_results, write_report
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import text_encoder

@@ -16,7 +16,7 @@ import polars as pl
 from e2p import E2PModel
 from e2p.config import BackboneConfig, DataConfig, ProjectorConfig, RunConfig, TrainingConfig
 from e2p.data.tables import write_frame
-from e2p.evaluation.audit import judge
+from e2p.evaluation.judge import judge
 from e2p.evaluation.report import report
 from e2p.tasks.simulate import SimulationConfig, simulate
 from e2p.training.run import train

@@ -16,6 +16,7 @@ import yaml
 
 from e2p.cli import COMMANDS, _parse, main, usage
 from e2p.config import PRESETS, RunConfig, TrainingConfig, load_yaml, preset_path
+from e2p.evaluation.evaluate import evaluate
 from e2p.model.answer import generate
 from e2p.training.run import train
 from tiny_run import tiny_run, with_training, write_backbone, write_config, write_tables
@@ -94,8 +95,10 @@ def test_the_version_is_said(run: Run) -> None:
         (["nonsense"], "expected a command (demo, prepare personachat"),
         (["prepare"], "expected a command (prepare personachat, prepare music), got 'prepare'"),
         (["prepare", "nonsense"], "got 'prepare nonsense'"),
-        (["evaluate"], "required: run"),
-        (["evaluate", "a", "b"], "unrecognized arguments: b"),
+        (["evaluate"], "required: runs"),
+        (["evaluate", "a", "b", "--seed", "1"], "unrecognized arguments: --seed=1"),
+        (["evaluate", "a", "--seeds", "42,x"], "Expected a <class 'int'>. Got value: x"),
+        (["report", "a", "b"], "unrecognized arguments: b"),
         (["report", "nowhere"], "nowhere/results.json: not found; evaluate the run first"),
         (["evaluate", "nowhere"], "run e2p train first"),
         (["generate", "nowhere-at-all", "hello"], "nowhere-at-all"),
@@ -224,6 +227,19 @@ def test_switches_stand_bare_or_with_a_value() -> None:
 )
 def test_items_of_a_list_are_texts(words: list[str], users: list[str] | None) -> None:
     assert _parse("e2p generate", generate, ["run", "hello", *words])["users"] == users
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a"], (["a"], (), False)),
+        (["a", "007", "--seeds", "42,43"], (["a", "007"], (42, 43), False)),
+        (["--seeds=[42]", "a", "--allow_leaks", "b"], (["a", "b"], (42,), True)),
+    ],
+)
+def test_several_runs_and_seeds(words: list[str], expected: tuple[list[str], tuple[int, ...], bool]) -> None:
+    given = _parse("e2p evaluate", evaluate, words)
+    assert (given["runs"], given["seeds"], given["allow_leaks"]) == expected
 
 
 def test_the_arm_null_is_not_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Tables and vectors of the sweeps: both tasks' official files, and their profiles by a sentence encoder and a backbone.
+"""Tables and vectors of the sweeps: both tasks' official files, and profiles by a sentence encoder and a backbone.
 
 python benchmarks/sweeps/prepare.py --data ../shared/data --backbone ../shared/backbone --work scratch
 """

@@ -29,7 +29,7 @@ COMMANDS = {
     "prepare music": Command("e2p.tasks.music", "prepare", "Last.fm listening to playlists and vectors"),
     "embed": Command("e2p.users.extract", "embed", "texts to user vectors"),
     "train": Command("e2p.training.run", "train", "learn the projection from your tables"),
-    "evaluate": Command("e2p.evaluation.audit", "evaluate", "judge a run against its controls"),
+    "evaluate": Command("e2p.evaluation.evaluate", "evaluate", "judge runs against their controls"),
     "report": Command("e2p.evaluation.report", "report", "write a run's report again; loads no model"),
     "sweep": Command("e2p.evaluation.sweep", "sweep", "train and judge many settings, one at a time"),
     "generate": Command("e2p.model.answer", "generate", "answer a prompt for a user"),
@@ -108,6 +108,12 @@ def _parse(prog: str, function: Any, words: list[str]) -> dict[str, Any]:
         parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
         parser.add_function_arguments(function, as_group=False, as_positional=True)
         options, others = _options(words, kinds)
+        hints, parameters = get_type_hints(function), inspect.signature(function).parameters.values()
+        several = next((p.name for p in parameters if p.default is p.empty and get_origin(hints[p.name]) is list), None)
+        if several:  # the only positional argument: one word or more
+            parser.usage = f"{prog} {several} [{several} ...] [options]"
+            named = [word for word in others if not word.startswith("-")]
+            others = [json.dumps(named)] * bool(named) + [word for word in others if word.startswith("-")]
         words = others + options
     try:
         namespace = parser.parse_args(words)
@@ -155,6 +161,8 @@ def _options(words: list[str], kinds: Mapping[str, Any]) -> tuple[list[str], lis
             several = value.strip("[]").split(",") if value.startswith("[") or kind is tuple else [value]
             name += "" if value.startswith("[") or kind is tuple else "+"
             value = json.dumps([item.strip() for item in several if item.strip()])
+        elif get_origin(kind) in (list, tuple) and not value.startswith("["):
+            value = f"[{value}]"  # numbers: 42,43
         options.append(f"{name}={value}")
     return options, others
 

@@ -81,6 +81,18 @@ def test_a_missing_interval_stays_missing() -> None:
     assert "–" in markdown_table(found)
 
 
+def test_a_ranking_metric_has_no_perplexity() -> None:
+    runs = copy.deepcopy(RUNS)
+    for hits, one in zip((0.1, 0.2, 0.6), runs, strict=True):
+        one["metric"] = {"name": "hit_rate@10", "label": "HitRate@10", "better": "higher"}
+        for arm in one["arms"]:
+            one["arms"][arm] = {"examples": 9, "users": 3, "hit_rate@10": hits, "hit_rate@10_ci": [0, hits + 0.1]}
+    found = aggregate(runs)
+    assert found["arms"]["e2p"]["hit_rate@10"]["mean"] == pytest.approx(0.3)
+    assert found["arms"]["e2p"]["hit_rate@10_ci"] == [0, pytest.approx(0.7)]
+    assert markdown_table(found).startswith("| comparison | HitRate@10 [95% interval] |")
+
+
 def test_markdown_table() -> None:
     lines = markdown_table(aggregate(RUNS)).splitlines()
     assert "| true minus random | −0.200 [−0.500, +0.300] | ± 0.100 | 0.030 | 100 | 20 | 3 |" in lines
@@ -92,7 +104,9 @@ def test_markdown_table() -> None:
     ("change", "message"),
     [
         (lambda r: r.update(seed=1), "seeds repeat: 1, 1"),
+        (lambda r: r.update(seeds=[2, 3]), "run 'seed2' has 2 seeds together already"),
         (lambda r: r.update(task="other"), "differ in task"),
+        (lambda r: r.update(metric={"name": "auc"}), "differ in metric"),
         (lambda r: r["config"]["training"].update(learning_rate=0.1), r"differ in training\.learning_rate"),
         (lambda r: r["arms"].pop("random"), "differ in arms"),
         (lambda r: r["comparisons"].clear(), "differ in comparisons"),

@@ -1,4 +1,4 @@
-"""`e2p evaluate` on a run in miniature: what is written, recomputed from the backbone alone, and what is not redone."""
+"""A run in miniature scored and judged: what is written, recomputed from the backbone alone, and what is not redone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from rich.console import Console
 from e2p.config import ARMS, EvaluationConfig, RunConfig, to_dict
 from e2p.data.tables import write_embeddings
 from e2p.errors import DataError, RunError
-from e2p.evaluation.audit import evaluate, judge
+from e2p.evaluation.audit import audit, load_scored
+from e2p.evaluation.evaluate import evaluate
+from e2p.evaluation.judge import judge
 from e2p.evaluation.report import load_results
 from e2p.training.run import train
 from tiny_run import examples_frame, inputs_of, tiny_run, write_tables
@@ -73,7 +75,7 @@ def test_results_hold_what_the_report_needs(judged: tuple[RunConfig, dict[str, A
     config, results, folder = judged
     assert load_results(folder) == json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert json.loads(json.dumps(results)) == load_results(folder)
-    assert (results["format"], results["run"], results["task"], results["seed"]) == (1, "run", "tables", 42)
+    assert (results["format"], results["run"], results["task"], results["seed"]) == (2, "run", "tables", 42)
     assert results["config"] == to_dict(config)
     assert list(results["arms"]) == list(ARMS)
     assert set(results["training"]) == {"e2p", "static", "shuffled"}
@@ -85,6 +87,21 @@ def test_results_hold_what_the_report_needs(judged: tuple[RunConfig, dict[str, A
     (sample,) = results["samples"]
     assert [answer["arm"] for answer in sample["answers"]] == ["none", "e2p", "e2p"]
     assert all(answer["profile"].startswith("likes ") for answer in sample["answers"][1:])
+
+
+def test_what_the_breakdowns_and_a_later_audit_need_is_written(judged: tuple[RunConfig, dict[str, Any], Path]) -> None:
+    config, results, folder = judged
+    by = pl.read_parquet(folder / "covariates.parquet")
+    assert by.columns == ["example_id", "user_id", "activity", "distance", "tokens"]
+    assert set(by["example_id"]) == set(pl.read_parquet(folder / "scores.parquet")["example_id"])
+    (again,) = load_scored(folder)
+    assert (again.name, again.seed) == ("run", 42)
+    assert audit([again]) == results
+    assert again.about["inputs"] == inputs_of(config)[1].identity()
+    assert results["prefix"]["user_share"] > 0
+    assert [check["fired"] for check in results["leaks"]] == [False] * len(results["leaks"])
+    assert results["leaks"]
+    assert results["valid"] is True
 
 
 def test_a_difference_of_arms_is_the_mean_of_the_differences(judged: tuple[RunConfig, dict[str, Any], Path]) -> None:
@@ -102,7 +119,7 @@ def test_controls_are_trained_once(config: RunConfig, monkeypatch: pytest.Monkey
     train(config)
     first = judge(config.output)
     stamp = Path(config.output, "controls", "static", "adapter", "adapter_model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr("e2p.evaluation.audit.train_arm", None)  # would be called to train
+    monkeypatch.setattr("e2p.evaluation.judge.train_arm", None)  # would be called to train
     second = judge(config.output)
     assert Path(config.output, "controls", "static", "adapter", "adapter_model.safetensors").stat().st_mtime_ns == stamp
     assert not Path(config.output, "controls", "shuffled").exists()
@@ -147,7 +164,7 @@ def test_a_useless_adapter_is_said_loudly(config: RunConfig, capsys: pytest.Capt
     record["validation"] = {"prefix": 9.0, "none": 8.0}
     path.write_text(json.dumps(record), encoding="utf-8")
     capsys.readouterr()
-    evaluate(config.output)
+    evaluate([config.output])
     captured = capsys.readouterr()
     assert "THE PREFIX IS WORSE THAN NO PREFIX" in captured.err
     assert load_results(Path(config.output))["warnings"][0].endswith("Do not serve this adapter.")
@@ -239,6 +256,24 @@ def test_an_untrained_null_user_is_not_judged(config: RunConfig) -> None:
     results = judge(config.output)
     assert set(results["arms"]) == {"none", "e2p"}
     assert "null user has not been trained" in results["warnings"][0]
+
+
+def test_a_leak_stops_the_judging_before_controls_are_trained(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user with examples in training and in test, whose split is by his group of one example."""
+    torn = pl.when(pl.col("example_id") == "e0-1").then(pl.lit("test")).otherwise("split")
+    examples_frame().with_columns(split=torn, group="example_id").write_parquet(config.data.examples)
+    train(config)
+    with pytest.raises(
+        DataError, match=r"run: Test users in training: 1 of 5 .*pass --allow_leaks to go on;"
+    ):
+        judge(config.output)
+    assert not (Path(config.output) / "controls").exists()
+    results = judge(config.output, allow_leaks=True)
+    assert results["verdict"].startswith("not valid: Test users in training (allowed); otherwise ")
+    assert results["valid"] is False
+    assert "u00" in results["leaks"][0]["examples"][0]
 
 
 def test_sample_answers_fit_in_the_window_and_cost_nothing_if_they_fail(

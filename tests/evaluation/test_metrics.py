@@ -12,8 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e2p.errors import DataError
-from e2p.evaluation.metrics import arm_order, per_example, summarise
+from e2p.evaluation.metrics import (
+    arm_order,
+    audited_metrics,
+    means,
+    metric_of,
+    over_seeds,
+    per_example,
+    summarise,
+)
+from e2p.evaluation.significance import cluster_bootstrap
 
+ARMS = ("none", "e2p")
 Row = tuple[str, str, str, str, float]
 
 
@@ -120,6 +130,93 @@ def test_other_metrics_need_no_tokens() -> None:
     }
 
 
+def test_a_metric_may_be_measured_on_fewer_arms_and_examples() -> None:
+    """Generation is dear: ROUGE of some examples in two arms does not spoil the likelihoods of all."""
+    scores = make_scores(("none", "static", "e2p"))
+    some = scores.filter((pl.col("metric") == "nll") & (pl.col("arm") != "static"), pl.col("example_id") <= "x2")
+    both = pl.concat([scores, some.with_columns(metric=pl.lit("rougeL"), value=pl.lit(0.5))])
+    assert per_example(both, "rougeL").columns == ["example_id", "user_id", "none", "e2p"]
+    assert per_example(both, "rougeL").height == some["example_id"].n_unique() < per_example(both).height
+    assert per_example(both).equals(per_example(scores))
+    assert summarise(both, 100) == summarise(scores, 100)
+
+
+def test_figures_that_the_scores_do_not_allow_are_left_out() -> None:
+    scores = make_scores()
+    less = summarise(scores.filter(pl.col("metric").is_in(["nll", "tokens"])), 100)
+    full = summarise(scores, 100)
+    assert set(full["e2p"]) - set(less["e2p"]) == {"bits_per_byte", "context_tokens"}
+    assert less["e2p"]["perplexity_ci"] == full["e2p"]["perplexity_ci"]
+
+
+def test_means_of_any_metric() -> None:
+    rows = [(f"x{i}", f"u{i % 4}", arm, "auc", float(i % 3 == 0) + (arm == "e2p")) for i in range(9) for arm in ARMS]
+    wide = per_example(table(rows), "auc")
+    found = means(wide, "auc", resamples=500, seed=1)
+    for arm in ARMS:
+        boot = cluster_bootstrap(wide[arm].to_numpy(), wide["user_id"].to_numpy(), 500, 1)
+        assert found[arm] == {"examples": 9, "users": 4, "auc": boot.mean, "auc_ci": [boot.low, boot.high]}
+    assert means(wide.filter(pl.col("user_id") == "u0"), "auc")["e2p"]["auc_ci"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "better"),
+    [
+        ("nats_per_token", "nats per token", "lower"),
+        ("bits_per_byte", "bits per byte", "lower"),
+        ("rougeL", "ROUGE-L", "higher"),
+        ("hit_rate@10", "HitRate@10", "higher"),
+        ("ndcg@5", "NDCG@5", "higher"),
+        ("mrr@100", "MRR@100", "higher"),
+        ("recall@1", "recall@1", "higher"),
+        ("auc", "AUC", "higher"),
+        ("engagement", "engagement", "higher"),
+        ("affinity", "affinity", "higher"),
+        ("accuracy", "accuracy", "higher"),
+    ],
+)
+def test_known_metrics_have_a_direction(name: str, label: str, better: str) -> None:
+    assert (metric_of(name).label, metric_of(name).better) == (label, better)
+
+
+@pytest.mark.parametrize("name", ["dwell_time", "hit_rate", "hit_rate@0", "hit_rate@10x", "xndcg@5"])
+def test_an_unknown_metric_asks_for_its_direction(name: str) -> None:
+    with pytest.raises(DataError, match=f"is a lower or a higher {name} better"):
+        metric_of(name)
+    assert metric_of(name, {name: "lower"}).better == "lower"
+    with pytest.raises(DataError, match="is a lower or a higher"):
+        metric_of(name, {name: "up"})  # type: ignore[dict-item]
+
+
+def test_which_metrics_are_judged() -> None:
+    likelihoods = make_scores()
+    other = table([("a", "u", "e2p", "rougeL", 0.1), ("a", "u", "e2p", "auc", 0.1)])
+    assert audited_metrics(pl.concat([other, likelihoods])) == ["nats_per_token", "rougeL", "auc"]
+    assert audited_metrics(other) == ["rougeL", "auc"]
+    assert audited_metrics(likelihoods.filter(pl.col("metric") == "nll")) == ["nll"]
+    given = table([("a", "u", "e2p", "auc", 0.1), ("a", "u", "e2p", "nats_per_token", 3.5)])
+    assert audited_metrics(given) == ["auc", "nats_per_token"]
+    assert per_example(given, "nats_per_token")["e2p"].to_list() == [3.5]
+    with pytest.raises(DataError, match="no metric to judge by, only"):
+        audited_metrics(likelihoods.filter(pl.col("metric").is_in(["tokens", "bytes"])))
+
+
+def test_seeds_are_averaged_example_by_example() -> None:
+    seeds = [make_scores(seed=3)]
+    nll = pl.col("metric") == "nll"
+    seeds += [
+        seeds[0].with_columns(pl.when(nll).then(pl.col("value") + shift).otherwise("value").alias("value"))
+        for shift in (1.0, 5.0)
+    ]
+    mean = over_seeds([seeds[0], seeds[1].sample(fraction=1, shuffle=True, seed=0), seeds[2]])
+    one, together = per_example(seeds[0], "nll"), per_example(mean, "nll")
+    assert together["e2p"].to_list() == pytest.approx((one["e2p"] + 2).to_list())
+    assert together["tokens"].equals(one["tokens"])
+    assert over_seeds(seeds[:1]) is seeds[0]
+    with pytest.raises(DataError, match=r"example 'x\d-\d' has .* of arm 'e2p' 2 times in 3 seeds"):
+        over_seeds([*seeds[:2], drop_one(seeds[2])])
+
+
 def test_arms_stand_in_the_order_of_the_config() -> None:
     assert arm_order(["e2p+prompt", "zeta", "e2p", "alpha", "none"]) == [
         "none",
@@ -149,7 +246,8 @@ def drop_one(scores: pl.DataFrame) -> pl.DataFrame:
         (make_scores().drop("arm"), "missing: arm"),
         (make_scores().clear(), "no rows"),
         (drop_one(make_scores()), r"arm 'e2p' has nll for \d+ of \d+ examples"),
-        (make_scores().filter(pl.col("metric") != "bytes"), r"arm 'none' has bytes for 0 of \d+ examples"),
+        (make_scores().filter(pl.col("metric") != "tokens"), r"arm 'none' has tokens for 0 of \d+ examples"),
+        (make_scores().filter(pl.col("metric") != "nll"), "no nll; there is"),
         (pl.concat([make_scores(), make_scores()]), r"arm 'none' has \d+ values of nll for \d+ examples"),
         (change("value", math.nan), r"nll of arm 'e2p' is nan for example 'x"),
         (change("value", math.inf), r"is inf for example"),

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from e2p.config import RunConfig, to_dict
 from e2p.errors import DataError, MissingExtraError, RunError
-from e2p.evaluation.metrics import per_example, summarise
-from e2p.evaluation.report import comparisons_of, console_tables, load_results, report
-from e2p.evaluation.significance import compare
+from e2p.evaluation.metrics import means, per_example, summarise
+from e2p.evaluation.report import comparisons_of, console_tables, load_results, report, write_report
+from e2p.evaluation.significance import RULE, compare
 from e2p.provenance import provenance
 
 EVIL = "<script>alert('x')</script> | a\nb & *c* $d$ \ud83d"
@@ -82,6 +82,54 @@ def make_results(nats: dict[str, float] | None = None) -> tuple[dict[str, Any], 
     return json.loads(json.dumps(results, allow_nan=False)), scores
 
 
+def make_full_results() -> tuple[dict[str, Any], pl.DataFrame, pl.DataFrame]:
+    """Results of format 2 with all there is: two seeds, another metric, breakdowns, leak checks, space, prefix."""
+    results, scores = make_results()
+    wide = per_example(scores)
+    other = scores.with_columns(pl.when(pl.col("arm") == "e2p").then(pl.col("value") * 1.01).otherwise("value"))
+    compared = compare(wide, 200, seeds=[wide, per_example(other)])
+    rouge = wide.drop("tokens")
+    bins = [{"label": f"{EVIL} {n}", "low": n, "high": n + 1.0, "examples": 1200, "users": 7, "difference": -0.25,
+             "ci": [-0.5, 0.1] if n else None} for n in range(3)]  # fmt: skip
+    leaks = [{"name": EVIL, "fired": False, "found": EVIL, "examples": [EVIL]}]
+    leaks += [{"name": "time", "fired": False, "found": "0 of 36", "examples": []}]
+    points = np.random.default_rng(1).normal(size=(4, 12))
+    names = ("embedding_x", "embedding_y", "prefix_x", "prefix_y")
+    space = pl.DataFrame(
+        {"user_id": [f"u{n}" for n in range(12)], "cluster": ["A", EVIL.replace("\ud83d", "")] * 6}
+        | dict(zip(names, points, strict=True))
+    )
+    nearest = [{"token": " jazz", "cosine": 0.4}, {"token": EVIL, "cosine": 0.3}]
+    results |= {
+        "format": 2,
+        "verdict": "personalised: better than a random user's vector and than one static token",
+        "rule": RULE,
+        "runs": ["a", "b"],
+        "seeds": [42, 43],
+        "metric": {"name": "nats_per_token", "label": "nats per token", "better": "lower"},
+        "comparisons": [dataclasses.asdict(c) for c in compared],
+        "other_metrics": [
+            {
+                "metric": {"name": "rougeL", "label": "ROUGE-L", "better": "higher"},
+                "arms": means(rouge, "rougeL", 200),
+                "comparisons": [dataclasses.asdict(c) for c in compare(rouge, 200, 42, "rougeL", "higher")],
+            }
+        ],
+        "breakdowns": [{"by": "activity", "label": EVIL, "comparison": "true minus random", "bins": bins}],
+        "leaks": leaks,
+        "valid": True,
+        "space": {
+            **{"users": 12, "neighbours": 5, "preservation": 0.6, "chance": 5 / 11, "coloured_by": EVIL},
+            "clusters": [{"name": name, "users": 6} for name in space["cluster"][:2]],
+        },
+        "prefix": {
+            **{"norm": {"mean": 3.0, "std": 0.1}, "token_norm": 1.0, "user_share": 0.3, "chance": 0.2},
+            **{"nearest": nearest, "users": [{"user_id": EVIL, "nearest": nearest}]},
+        },
+    }
+    return json.loads(json.dumps(results, allow_nan=False)), scores, space
+
+
 def write(folder: Path, results: dict[str, Any], scores: pl.DataFrame | None = None) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results))
@@ -92,9 +140,26 @@ def write(folder: Path, results: dict[str, Any], scores: pl.DataFrame | None = N
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write(tmp_path_factory.mktemp("runs") / "a", *make_results())
+    results, scores, space = make_full_results()
+    folder = write(tmp_path_factory.mktemp("runs") / "a", results, scores)
+    space.write_parquet(folder / "space.parquet")
     report(str(folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of format 1, as the version before wrote them."""
+    folder = write(tmp_path_factory.mktemp("runs") / "old", *make_results())
+    report(str(folder))
+    return folder
+
+
+PICTURES = ["differences", "gains", "context", "arms", "breakdowns", "space", "likeness", "learning"]
+
+
+def text_of(folder: Path, name: str) -> str:
+    return (folder / name).read_text(encoding="utf-8")
 
 
 class Page(HTMLParser):
@@ -130,47 +195,162 @@ class Page(HTMLParser):
 
 
 def test_page_is_one_safe_file(run: Path) -> None:
-    text = (run / "report.html").read_text(encoding="utf-8")
+    text = text_of(run, "report.html")
     page = Page(text)
     assert "script" not in page.tags
     assert "iframe" not in page.tags
+    assert "link" not in page.tags
     assert all(address.startswith("#") for address in page.addresses), "nothing may be fetched"
     assert "@import" not in text
-    assert page.tags.count("svg") == 4
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+    assert page.tags.count("svg") == len(PICTURES)
     assert "prefers-color-scheme: dark" in text
     assert "currentColor" in text
-    assert sum("<script>alert('x')</script> | a" in piece for piece in page.texts) >= 7
+    assert sum("<script>alert('x')</script> | a" in piece for piece in page.texts) >= 12
     assert "worse than no prefix" in page.texts  # the static arm lost on validation data
 
 
-def test_verdict_leads_and_the_two_controls_stand_first(run: Path) -> None:
-    for name in ("report.html", "report.md"):
-        text = (run / name).read_text(encoding="utf-8")
-        order = [
-            text.lower().index("personalised"),
-            text.index("Comparisons"),
-            text.index("true minus random", text.index("Comparisons")),
-            text.index("true minus static", text.index("Comparisons")),
-            text.index("true minus none", text.index("Comparisons")),
-            text.index("Arms"),
-            text.index("ample", text.index("Figures")),
-        ]
-        assert order == sorted(order)
+@pytest.mark.parametrize("name", ["report.html", "report.md"])
+def test_the_order_of_the_page(run: Path, name: str) -> None:
+    """Verdict, its rule, warnings, tiles, three pictures, samples, tables, more pictures, training, provenance."""
+    text = text_of(run, name)
+    text = text[text.find("<main") :] if name.endswith("html") else text
+    marks = ["personalised", "2 training seeds (42, 43)", "The verdict rests on three comparisons", "alert("]
+    marks += ["4.0", "What makes the difference", "Gain by user", "Gain against context"]
+    marks += ["The same prompt for different users", "Comparisons", "true minus random", "true minus static"]
+    marks += ["true minus none", "over all tokens together", "Arms", "ROUGE-L", "For whom it works", "1,200"]
+    marks += ["Leak checks", "0 of 36", "More pictures", "Perplexity by arm", "Users before and after phi"]
+    marks += ["What the prefix resembles", "Learning curves", "Training", "31,008", "Data and provenance", "dropped"]
+    at = 0
+    for mark in marks:
+        found = text.lower().find(mark.lower(), at)
+        assert found >= 0, f"{mark!r} does not follow"
+        at = found
+
+
+def test_all_files_are_written(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} == {
+        *("results.json", "scores.parquet", "space.parquet", "figures"),
+        *("report.html", "report.md", "tables.tex", "comparisons.csv", "arms.csv"),
+    }
+    assert {path.name for path in (run / "figures").iterdir()} == {f"{name}.png" for name in PICTURES}
+    results = json.loads(text_of(run, "results.json"))
+    compared = pl.read_csv(run / "comparisons.csv")
+    whole = results["comparisons"] + results["other_metrics"][0]["comparisons"]
+    assert compared["difference"].to_list() == [values["difference"] for values in whole]
+    assert compared["seed_43"].to_list()[: len(results["comparisons"])] == [
+        values["by_seed"][1] for values in results["comparisons"]
+    ]
+    assert r"\toprule" in text_of(run, "tables.tex")
+    assert "alert('x')" in text_of(run, "tables.tex")
+
+
+def test_everything_a_run_holds_may_be_overwritten(run: Path) -> None:
+    from e2p.training.run import RUN_FILES
+
+    assert {path.name for path in run.iterdir()} <= RUN_FILES
 
 
 def test_markdown_cells_hold_one_line(run: Path) -> None:
-    text = (run / "report.md").read_text(encoding="utf-8")
+    text = text_of(run, "report.md")
     assert "<script" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     for line in rows:
-        assert line.endswith("|")
-    bars = [len(re.findall(r"(?<!\\)\|", line)) for line in rows if line.startswith(("| comparison", "| true"))]
-    assert set(bars) == {12}
+        assert line.rstrip().endswith("|")
+    tables = [block for block in re.split(r"\n\n+", text) if block.startswith("|")]
+    assert len(tables) >= 9
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
     assert "\\*c\\*" in text
     pictures = re.findall(r"\]\((figures/\w+\.png)\)", text)
-    assert len(pictures) == 4
+    assert pictures == [f"figures/{name}.png" for name in PICTURES]
     for picture in pictures:
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_of_format_1_still_have_their_report(old_run: Path) -> None:
+    page = Page(text_of(old_run, "report.html"))
+    assert page.tags.count("svg") == 5
+    assert {"Comparisons", "Arms", "Training"} <= set(page.texts)
+    assert not {"Leak checks", "For whom it works"} & set(page.texts)
+    assert any("training seed 42 · 12 users · 36 test examples" in text for text in page.texts)
+    assert "over seeds" not in page.texts
+    assert "better than a random user's vector and than one static token" in text_of(old_run, "report.md")
+
+
+NEW = ["rule", "runs", "seeds", "metric", "other_metrics", "breakdowns", "leaks", "valid", "space", "prefix", "verdict"]
+
+
+@pytest.mark.parametrize("missing", [None, "absent"])
+@pytest.mark.parametrize("key", NEW)
+def test_a_missing_key_leaves_its_part_out(key: str, missing: str | None, tmp_path: Path) -> None:
+    results, scores, space = make_full_results()
+    results[key] = None
+    if missing:
+        del results[key]
+    space.write_parquet(write(tmp_path, results, scores) / "space.parquet")
+    assert write_report(tmp_path).startswith("personalised")
+    text = text_of(tmp_path, "report.md")
+    parts = {
+        **{"rule": "The verdict rests on three comparisons", "runs": "runs a, b", "seeds": "2 training seeds"},
+        **{"other_metrics": "ROUGE-L", "breakdowns": "For whom it works", "leaks": "Leak checks"},
+        **{"space": "figures/space.png", "prefix": "figures/likeness.png"},
+    }
+    assert {name for name, part in parts.items() if part not in text} == {key} & parts.keys()
+
+
+def test_a_leak_is_loud(tmp_path: Path) -> None:
+    results, scores, _ = make_full_results()
+    results["leaks"][1] |= {"fired": True, "found": "31 of 36 vectors are younger", "examples": ["0.1", "0.2"]}
+    results |= {"valid": False, "verdict": "not valid: time (allowed); otherwise personalised: better than all"}
+    report(str(write(tmp_path, results, scores)))
+    text = text_of(tmp_path, "report.html")
+    page = Page(text)
+    assert 'class="verdict bad"' in text
+    assert 'class="tile good"' not in text
+    assert text.count('class="leak"') == 1
+    for words in ("not valid", "31 of 36 vectors are younger", "0.1; 0.2", "fired"):
+        assert words in page.texts
+    assert text.index("not valid") < text.index("31 of 36") < text.index('class="tiles"')
+    assert "> **LEAK: time.** 31 of 36 vectors are younger" in text_of(tmp_path, "report.md")
+    del results["verdict"]  # then it is the comparisons' and the leak checks'
+    assert write_report(write(tmp_path, results, scores)).startswith("not valid: time")
+
+
+def test_scores_of_several_seeds_are_averaged(tmp_path: Path) -> None:
+    results, scores, _ = make_full_results()
+    worse = scores.with_columns(pl.when(pl.col("metric") == "nll").then(pl.col("value") * 3).otherwise("value"))
+    mean = scores.with_columns(pl.when(pl.col("metric") == "nll").then(pl.col("value") * 2).otherwise("value"))
+    both = pl.concat([scores.with_columns(seed=pl.lit(42)), worse.with_columns(seed=pl.lit(43))])
+    report(str(write(tmp_path / "both", results, both)))
+    report(str(write(tmp_path / "mean", results, mean)))
+    for name in ("gains", "context"):
+        pictures = [(tmp_path / folder / "figures" / f"{name}.png").read_bytes() for folder in ("both", "mean")]
+        assert pictures[0] == pictures[1]
+
+
+def test_a_metric_of_which_more_is_better(tmp_path: Path) -> None:
+    wide = per_example(make_scores({"none": 0.2, "static": 0.25, "random": 0.25, "e2p": 0.6}))
+    scores = wide.drop("tokens").unpivot(index=["example_id", "user_id"], variable_name="arm", value_name="value")
+    compared = compare(wide, 200, 42, "rougeL", "higher")
+    results = {
+        **{"format": 2, "run": "ranked", "metric": {"name": "rougeL", "label": "ROUGE-L", "better": "higher"}},
+        **{"arms": means(wide, "rougeL", 200), "comparisons": [dataclasses.asdict(c) for c in compared]},
+    }
+    report(str(write(tmp_path, results, scores.with_columns(metric=pl.lit("rougeL")))))
+    text = text_of(tmp_path, "report.md")
+    assert text.splitlines()[2].startswith("**personalised")
+    assert "Positive is better" in text
+    assert "perplexity" not in text.lower()
+    assert "100% of 12 users" in text
+    assert re.search(r"Of e2p's gain over no prefix, 1\d% is also reached with one static token", text)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"differences.png", "gains.png", "arms.png"}
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in console_tables(load_results(tmp_path)):
+        console.print(table)
+    console.file.close()
+    assert "Comparisons (ROUGE-L, mean over examples; positive is better)" in console.export_text()
 
 
 def test_figures_stand_in_their_texts(run: Path) -> None:
@@ -195,6 +375,10 @@ def test_share_of_the_gain_that_needs_no_user(tmp_path: Path) -> None:
     report(str(write(tmp_path, results)))
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "50% is also reached with one static token. A random user's vector is worse than no prefix." in text
+    results["arms"]["static"]["nats_per_token"] = 2.5
+    report(str(write(tmp_path, results)))
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "One static token gains 1.5 times as much as e2p." in text
 
 
 @pytest.mark.parametrize(
@@ -219,9 +403,9 @@ def test_a_run_with_next_to_nothing(tmp_path: Path) -> None:
     bare = {"format": 1, "run": "bare", "arms": summarise(scores, 100), "comparisons": []}
     report(str(write(tmp_path, bare, scores)))
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert "Figures" in page.texts
+    assert "Arms" in page.texts
     assert "Training" not in page.texts
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["perplexity.png"]
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["arms.png"]
     report(str(write(tmp_path, {"format": 1, "run": "empty", "arms": {}, "comparisons": []})))
 
 
@@ -249,6 +433,14 @@ def break_comparison(results: dict[str, Any]) -> None:
     del results["comparisons"][0]["p_holm"]
 
 
+def break_bin(results: dict[str, Any]) -> None:
+    del results["breakdowns"][0]["bins"][1]["difference"]
+
+
+def break_prefix(results: dict[str, Any]) -> None:
+    results["prefix"]["norm"] = 3.0
+
+
 def break_figure(results: dict[str, Any]) -> None:
     results["comparisons"][0]["difference"] = "small"
 
@@ -256,7 +448,7 @@ def break_figure(results: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(format=2), "expected results of format 1, got 2"),
+        (lambda r: r.update(format=3), "expected results of format 2, got 3"),
         (lambda r: r.pop("arms"), "arms: expected dict, got NoneType"),
         (lambda r: r.update(samples="x"), "samples: expected list, got str"),
         (lambda r: r.update(samples=["x"]), "samples: expected mappings"),
@@ -264,10 +456,17 @@ def break_figure(results: dict[str, Any]) -> None:
         (break_arm, "arms.e2p: no number for perplexity"),
         (break_comparison, "comparison: missing p_holm"),
         (break_figure, "comparisons: "),
+        (break_bin, "breakdowns: 'difference'"),
+        (break_prefix, "prefix: "),
+        (lambda r: r.update(leaks=["time"]), "leaks: "),
+        (lambda r: r.update(leaks={}), "leaks: expected list, got dict"),
+        (lambda r: r.update(space={"users": 3}), "space: 'coloured_by'"),
+        (lambda r: r["other_metrics"][0].pop("arms"), "other_metrics: 'arms'"),
+        (lambda r: r.update(metric="nats"), "metric: expected dict, got str"),
     ],
 )
 def test_broken_results_are_one_line(change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path) -> None:
-    results = make_results()[0]
+    results = make_full_results()[0]
     change(results)
     with pytest.raises(RunError, match=message) as caught:
         report(str(write(tmp_path, results)))
@@ -296,6 +495,10 @@ def test_broken_scores_are_named(tmp_path: Path) -> None:
         report(str(tmp_path))
     with pytest.raises(DataError, match="nothing was evaluated"):
         report(str(write(tmp_path, results, scores.clear())))
+    results, scores, space = make_full_results()
+    space.drop("prefix_x").write_parquet(write(tmp_path, results, scores) / "space.parquet")
+    with pytest.raises(RunError, match=r"space\.parquet: expected the columns .*; missing: prefix_x"):
+        report(str(tmp_path))
 
 
 def test_comparisons_come_in_table_order() -> None:

@@ -27,6 +27,7 @@ from e2p.evaluation.significance import (
     compare,
     holm,
     paired_t,
+    percentile_interval,
     verdict,
 )
 
@@ -119,6 +120,36 @@ def test_bootstrap_agrees_with_normal_theory() -> None:
     assert found == cluster_bootstrap(diff, np.arange(400), resamples=10_000, seed=1)
 
 
+def test_bootstrap_is_scipys_where_every_user_has_one_example() -> None:
+    """A skewed sample, so that the percentile interval is not the normal one."""
+    diff = np.random.default_rng(11).exponential(1, 60) - 0.8
+    found = cluster_bootstrap(diff, [f"u{i}" for i in range(60)], resamples=20_000, seed=2)
+    rng = np.random.default_rng(3)
+    expected = stats.bootstrap((diff,), np.mean, n_resamples=20_000, method="percentile", random_state=rng)
+    low, high = expected.confidence_interval
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
+    assert high - diff.mean() > (diff.mean() - low) * 1.03
+    centred = np.sort(expected.bootstrap_distribution)
+    assert found.p == pytest.approx(2 * (np.searchsorted(centred, 0) + 1) / 20_001, abs=0.01)
+
+
+def test_bootstrap_of_two_users_by_hand() -> None:
+    """One user has one example of 4, the other three of 0, 1 and 2: a resample is aa, ab, ba or bb, equally likely.
+
+    Their means over examples are 4, (4 + 3) / 4 twice, and 1; a quarter, a half and a quarter of all resamples."""
+    totals = cluster_totals(np.array([[4.0, 1], [0, 1], [1, 1], [2, 1]]), ["a", "b", "b", "b"])
+    resampled = bootstrap_totals(totals, 20_000, seed=5)
+    means, counts = np.unique(resampled[:, 0] / resampled[:, 1], return_counts=True)
+    assert means.tolist() == [1.0, 1.75, 4.0]
+    expected = np.array([5000, 10_000, 5000])
+    assert stats.chisquare(counts, expected).pvalue > 0.01
+    assert percentile_interval(resampled[:, 0] / resampled[:, 1]) == (1.0, 4.0)
+    # Shifted so that only bb is at or below zero: a quarter of the resamples, twice that is p.
+    found = cluster_bootstrap([2.5, -1.5, -0.5, 0.5], ["a", "b", "b", "b"], 20_000, 5)
+    assert (found.mean, found.low, found.high) == (0.25, -0.5, 2.5)
+    assert found.p == pytest.approx(2 * (counts[0] + 1) / 20_001)
+
+
 def test_interval_covers_in_95_of_100_clustered_samples() -> None:
     """60 users of unequal size, examples share half their variance; the plain interval covers far less."""
     rng = np.random.default_rng(7)
@@ -192,7 +223,13 @@ def test_comparisons_equal_their_parts() -> None:
     wide = wide_table(ALL)
     found = compare(wide, resamples=2000, seed=3)
     assert [(c.name, c.arm, c.against) for c in found] == list(COMPARISONS)
-    assert [c.name for c in found[:2]] == ["true minus random", "true minus static"]
+    assert [c.name for c in found[:5]] == [
+        "true minus random",
+        "true minus static",
+        "true minus shuffled",
+        "true minus none",
+        "e2p+prompt minus prompt",
+    ]
     assert [c.p_holm for c in found] == pytest.approx(loop_holm([c.p_clustered for c in found]))
     tokens, users = wide["tokens"].to_numpy(), wide["user_id"].to_numpy()
     for c in found:
@@ -208,6 +245,60 @@ def test_comparisons_equal_their_parts() -> None:
         assert c.p_clustered == pytest.approx(clustered_t(a - b, users).p)
         assert c.effect_size == pytest.approx((a - b).mean() / (a - b).std(ddof=1))
         assert (c.examples, c.users, c.metric) == (120, 30, "nats_per_token")
+        assert (c.by_seed, c.seed_std) == ((c.difference,), 0)
+
+
+def test_where_higher_is_better_a_gain_is_positive() -> None:
+    """The same scores upside down: signs turn, words and p do not."""
+    wide = wide_table(ALL)
+    upside_down = wide.with_columns(-pl.col(arm) for arm in ALL)
+    lower = compare(wide, 500)
+    higher = compare(upside_down, 500, metric="auc", better="higher")
+    for one, other in zip(lower, higher, strict=True):
+        assert other.difference == pytest.approx(-one.difference)
+        assert other.corpus_difference == other.difference  # tokens weigh likelihoods alone
+        assert (other.verdict, other.p_holm) == (one.verdict, pytest.approx(one.p_holm))
+    assert {c.verdict for c in higher[:5]} == {"better"}
+    assert higher[0].difference > 0
+    assert verdict(higher) == verdict(lower)
+    assert verdict(compare(upside_down, 500)) == "harmful: worse than no prefix"
+
+
+def test_seeds_are_put_together_by_their_mean_and_their_spread_is_told() -> None:
+    seeds = [wide_table(ALL | {"e2p": mean}) for mean in (3.3, 3.2, 3.0)]
+    mean = seeds[0].with_columns((sum(one[arm] for one in seeds) / 3).alias(arm) for arm in ALL)
+    found = compare(mean, 300, seeds=seeds)
+    for c in found:
+        alone = [(one[c.arm] - one[c.against]).mean() for one in seeds]
+        assert c.by_seed == pytest.approx(alone)
+        assert c.seed_std == pytest.approx(np.std(alone, ddof=1))
+        assert c.difference == pytest.approx(np.mean(alone))
+        assert c.p_clustered == pytest.approx(clustered_t(mean[c.arm] - mean[c.against], mean["user_id"]).p)
+
+
+def test_seeds_that_disagree_are_said_in_the_verdict() -> None:
+    seeds = [wide_table(ALL | {"e2p": mean}, noise=0.02) for mean in (3.43, 3.0)]
+    mean = seeds[0].with_columns((sum(one[arm] for one in seeds) / 2).alias(arm) for arm in ALL)
+    line = verdict(compare(mean, 300, seeds=seeds))
+    assert line == (
+        "personalised: better than a random user's vector and than one static token; "
+        "the seeds disagree in sign on true minus random and true minus static"
+    )
+
+
+def test_a_leak_that_was_let_pass_stands_first() -> None:
+    found = compare(wide_table(ALL), 100)
+    assert verdict(found, ["test users in training"]) == (
+        f"not valid: test users in training (allowed); otherwise {verdict(found)}"
+    )
+
+
+def test_an_arm_of_ones_own_is_compared_with() -> None:
+    wide = wide_table({"none": 4.0, "e2p": 3.0, "adapter": 3.5})
+    assert [(c.name, c.against) for c in compare(wide, 100)] == [
+        ("true minus none", "none"),
+        ("true minus adapter", "adapter"),
+    ]
 
 
 def test_survives_json() -> None:
@@ -262,8 +353,13 @@ def test_equal_arms_and_single_users_bear_a_comparison() -> None:
         ),
         ({"random": 3.2, "none": 3.2}, "no effect: no better than a random user's vector or no prefix"),
         ({"none": 3.0}, "harmful: worse than no prefix"),
-        ({"random": None, "none": None}, "not judged: no control random"),
-        ({"random": None}, "not judged: no control random; better than no prefix"),
+        ({"none": 3.0, "random": None, "static": None}, "harmful: worse than no prefix"),
+        (
+            {"none": None},
+            "not judged: no control none; better than a random user's vector; better than one static token",
+        ),
+        ({"random": None, "none": None}, "not judged: no control random and none; better than one static token"),
+        ({"random": None}, "not judged: no control random; better than one static token; better than no prefix"),
         (
             {"random": None, "static": None, "none": 3.2},
             "not judged: no control random and static; no better than no prefix",

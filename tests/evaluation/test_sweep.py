@@ -114,11 +114,11 @@ def test_the_command_runs_what_is_missing_and_writes_tables_and_curves(
     file = tmp_path / "sweep.yaml"
     content = {
         "base": to_dict(base),
-        "vary": {"projector.hidden_dim": [4, 16], "training.learning_rate": [1e-2, 1e30]},
+        "vary": {"projector.hidden_dim": [4, 16], "data.max_prompt_tokens": [64, 2]},
         "static": ["projector.hidden_dim"],
         "output": str(tmp_path / "out"),
     }
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
     ran = []
     original = room.run_point
     monkeypatch.setattr(room, "run_point", lambda point, *rest: ran.append(point) or original(point, *rest))
@@ -130,18 +130,18 @@ def test_the_command_runs_what_is_missing_and_writes_tables_and_curves(
         ("projector.hidden_dim", 4, "static"),
         ("projector.hidden_dim", 16, "e2p"),
         ("projector.hidden_dim", 16, "static"),
-        ("training.learning_rate", 1e30, "e2p"),  # 1e-2 is the base's
+        ("data.max_prompt_tokens", 2, "e2p"),  # 64 is the base's; 2 are too few
     ]
     out = tmp_path / "out"
     summary = json.loads((out / "sweep.json").read_text())
     widths = summary["tables"]["projector.hidden_dim"]
     assert [(row["value"], row["base"]) for row in widths] == [(4, False), (8, True), (16, False)]
     assert all(row["true_minus_static"] == pytest.approx(row["prefix"] - row["static"]) for row in widths)
-    rates = summary["tables"]["training.learning_rate"]
-    assert [row["base"] for row in rates] == [True, False]
-    assert rates[0]["prefix"] == widths[1]["prefix"]
-    assert rates[1]["prefix"] is None
-    assert "diverged" in rates[1]["failed"][0]
+    limits = summary["tables"]["data.max_prompt_tokens"]
+    assert [(row["value"], row["base"]) for row in limits] == [(2, False), (64, True)]
+    assert limits[1]["prefix"] == widths[1]["prefix"]
+    assert limits[0]["prefix"] is None
+    assert "expected a prompt of at most 2 tokens" in limits[0]["failed"][0]
     assert (out / "figures").is_dir()
     assert len(pl.read_csv(out / "sweep.csv")) == 5
     text = (out / "sweep.md").read_text()
@@ -152,9 +152,9 @@ def test_the_command_runs_what_is_missing_and_writes_tables_and_curves(
     # Once more: nothing but what failed; then with one value more: that one.
     ran.clear()
     assert main(["sweep", str(file)]) == 0
-    assert [p.value for p in ran] == [1e30]
+    assert [p.value for p in ran] == [2]
     content["vary"] = {"projector.hidden_dim": [4, 16, 5]}
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
     ran.clear()
     run_sweep(load_sweep(file))
     assert [(p.value, p.arm) for p in ran] == [(5, "e2p"), (5, "static")]
@@ -218,3 +218,48 @@ def test_a_table_leaves_out_columns_that_hold_nothing_and_shortens_paths() -> No
     ]
     seeds = table([{**row, "static": 3.1, "true_minus_static": -0.1, "seeds": 3}]).splitlines()[2]
     assert seeds == "| **minilm** | 3.000 | 3.100 | −0.100 | 3.200 | −0.200 | [−0.300, −0.100] | < 0.001 | 3 |"
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "benchmarks" / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", [file for file in SHIPPED if not file.name.startswith("base_")], ids=lambda f: f.stem)
+def test_the_shipped_sweeps_are_sweeps(file: Path) -> None:
+    config = load_sweep(file)
+    found = list(points(config))
+    assert {point.key for point in found} == {"base", *config.vary, *(["variants"] if config.variants else [])}
+    assert len({point.id("") for point in found}) > 8
+
+
+@pytest.mark.real_data
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["lastfm", "personachat"])
+def test_a_shipped_sweep_runs_on_the_real_tables(
+    task: str, tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In miniature: two steps a point, three of the points."""
+    from e2p.tasks import music, personachat
+
+    if task == "lastfm":
+        music.prepare(str(shared / "data" / "lastfm_2k"), str(tmp_path / "tables"))
+    else:
+        source = shared / "data" / "persona_chat" / "train_self_original_no_cands.txt"
+        personachat.prepare(str(source), str(tmp_path / "tables"), encoder="minilm")
+    config = load_sweep(SHIPPED[0].with_name(f"objectives_{task}.yaml"))
+    base = changed_settings(
+        config.base,
+        {
+            "backbone.model": str(shared / "backbone"),
+            "data.examples": str(tmp_path / "tables" / "examples.parquet"),
+            "data.embeddings": str(tmp_path / "tables" / "embeddings.parquet"),
+            "data.cache_dir": str(tmp_path / "cache"),
+            "data.split.fractions": [0.02, 0.01, 0.97],
+            "training.max_steps": 2,
+            "projector.hidden_dim": 32,
+        },
+    )
+    some = {name: config.variants[name] for name in ("contrast 0.3", "distill 0.3", "static + user")}
+    rows = run_sweep(replace(config, base=base, variants=some, output=str(tmp_path / "out")))["tables"]["variants"]
+    assert [row["value"] for row in rows] == ["base", *some]
+    assert all(0 < row["prefix"] < 6 and not row["failed"] for row in rows)
+    assert len({row["prefix"] for row in rows}) == 4

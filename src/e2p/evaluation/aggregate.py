@@ -1,4 +1,7 @@
-"""Several seeds of one experiment -> mean and spread, and the tables of README and docs."""
+"""Several runs of one experiment -> mean and spread of their figures, and the tables of README and docs.
+
+Puts together what runs have found, each by itself; :func:`e2p.evaluation.audit.audit` puts their scores together.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from e2p.evaluation.metrics import arm_order
 
 # Settings in which runs of one experiment may differ.
 _FREE = {"seed", "output", "examples", "embeddings", "cache_dir", "device"}
-_ARM_FIGURES = ("perplexity", "nats_per_token", "bits_per_byte", "context_tokens")
 
 
 def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -27,7 +29,8 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         than too narrow. Every seed's Holm-adjusted p stands in ``p``, the largest in ``p_max``.
 
     Raises:
-        DataError: no runs, a repeated seed, or runs that differ in settings, arms or comparisons.
+        DataError: no runs, a repeated seed, a run of several seeds, or runs that differ in settings, arms or
+            comparisons.
     """
     if not results:
         raise DataError("aggregate: expected at least one run's results, got none")
@@ -40,6 +43,7 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "runs": [run["run"] for run in results],
         "provenance": [run.get("provenance") for run in results],
         "config": first.get("config"),
+        "metric": first.get("metric"),
         "data": [run.get("data") for run in results],
         "arms": {arm: _arm([run["arms"][arm] for run in results]) for arm in arm_order(first["arms"])},
         "comparisons": [
@@ -50,9 +54,9 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def markdown_table(aggregated: Mapping[str, Any]) -> str:
     """Two Markdown tables of :func:`aggregate`'s output: comparisons, then arms. One seed needs no spread."""
-    seeds = len(aggregated["seeds"])
+    seeds, metric = len(aggregated["seeds"]), (aggregated.get("metric") or {}).get("label", "nats per token")
     lines = [
-        "| comparison | nats per token [95% interval] | over seeds | largest p | examples | users | seeds |",
+        f"| comparison | {metric} [95% interval] | over seeds | largest p | examples | users | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in aggregated["comparisons"]:
@@ -67,6 +71,8 @@ def markdown_table(aggregated: Mapping[str, Any]) -> str:
             str(seeds),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    if not all({"perplexity", "bits_per_byte", "context_tokens"} <= row.keys() for row in aggregated["arms"].values()):
+        return "\n".join(lines) + "\n"  # no likelihoods
     lines += [
         "",
         "| arm | perplexity [95% interval] | over seeds | bits per byte | added tokens | examples | seeds |",
@@ -125,9 +131,10 @@ def _hull(intervals: Sequence[Sequence[float] | None]) -> list[float] | None:
 
 
 def _arm(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    figures = {name: _figure([run[name] for run in runs]) for name in _ARM_FIGURES}
-    counts = {name: min(run[name] for run in runs) for name in ("examples", "users")}
-    return figures | {"perplexity_ci": _hull([run["perplexity_ci"] for run in runs])} | counts
+    known = [name for name in runs[0] if name not in ("examples", "users") and not name.endswith("_ci")]
+    figures = {name: _figure([run[name] for run in runs]) for name in known}
+    hulls = {name: _hull([run[name] for run in runs]) for name in runs[0] if name.endswith("_ci")}
+    return figures | hulls | {name: min(run[name] for run in runs) for name in ("examples", "users")}
 
 
 def _comparison(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -152,13 +159,17 @@ def _comparison(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _check_same(results: Sequence[Mapping[str, Any]]) -> None:
     """Means over runs that differ in more than their seed would hide what differs."""
     first, seeds = results[0], [run["seed"] for run in results]
+    for run in results:
+        if len(run.get("seeds") or []) > 1:
+            raise DataError(
+                f"aggregate: run '{run['run']}' has {len(run['seeds'])} seeds together already; give one each"
+            )
     if len(set(seeds)) < len(seeds):
         raise DataError(f"aggregate: seeds repeat: {', '.join(map(str, seeds))}; each run must have its own")
     for run in results[1:]:
         here, there = _flat(first.get("config") or {}), _flat(run.get("config") or {})
         differs = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
-        if run.get("task") != first.get("task"):
-            differs.insert(0, "task")
+        differs[:0] = [part for part in ("task", "metric") if run.get(part) != first.get(part)]
         for part in ("arms", "comparisons"):
             if _names(run, part) != _names(first, part):
                 differs.append(part)

@@ -1,239 +1,286 @@
-"""`e2p evaluate`: a trained run, its controls and the bare backbone on the same test examples."""
+"""Per-example scores -> ``results.json``: tests, breakdowns and a verdict, over one training seed or several.
+
+Reads scores and what is known about them, never a model. Whoever has scores, from wherever, can have them judged.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from e2p.config import RunConfig, load_yaml, to_dict
-from e2p.data.sources import cache_root
-from e2p.data.tables import example_batches, write_frame
-from e2p.data.templates import Prompt
-from e2p.data.tokenised import TokenisedExamples, tokenise
-from e2p.errors import DataError, E2PError, RunError
-from e2p.evaluation.arms import build_arms, score_arm, without_prompt_arms
-from e2p.evaluation.metrics import per_example, summarise
-from e2p.evaluation.report import console_tables, write_report
-from e2p.evaluation.significance import compare, require_tests, verdict
-from e2p.model.adapter import CONFIG
-from e2p.model.backbone import FrozenBackbone
-from e2p.model.e2p import E2PModel
+from e2p.errors import DataError, RunError
+from e2p.evaluation.breakdowns import breakdowns
+from e2p.evaluation.metrics import COLUMNS, audited_metrics, means, metric_of, over_seeds, per_example, summarise
+from e2p.evaluation.significance import RULE, Direction, compare, verdict
 from e2p.provenance import provenance
-from e2p.training.inputs import RunInputs, load_inputs
-from e2p.training.run import arm_folder, check_inputs, is_useless, train_arm, warn_useless
+
+FORMAT = 2
+SCORES, COVARIATES, ABOUT, RESULTS = "scores.parquet", "covariates.parquet", "scored.json", "results.json"
+# Settings in which runs of one experiment may differ. The tables' contents are compared, not their places.
+_FREE = frozenset({"training.seed", "output", "data.examples", "data.embeddings", "data.cache_dir", "backbone.device"})
 
 
-def evaluate(run: str) -> None:
-    """Judge a run: train the controls that are missing, score all arms, test the differences, write the report.
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Per-example scores of one training seed, and what is known about them.
 
     Args:
-        run: run folder that `e2p train` has written.
+        name: for tables and messages.
+        scores: ``example_id``, ``user_id``, ``arm``, ``metric``, ``value``. The arm ``e2p`` is the one in question.
+        seed: of the training; None if it is not known.
+        covariates: for the breakdowns, as of :func:`e2p.evaluation.breakdowns.covariates`.
+        about: what the judge has written down beside the scores: ``config``, ``inputs`` (hashes), ``data``,
+            ``training``, ``samples``, ``leaks``, ``warnings``, ``extra``, ``provenance``; all may be missing.
     """
-    console = Console(stderr=True)
-    results = judge(run, console)
-    write_report(Path(run))
-    out = Console()
-    for table in console_tables(results):
-        out.print(table)
-    out.print(results["verdict"])
-    out.print(f"report: {Path(run) / 'report.html'}")
+
+    name: str
+    scores: pl.DataFrame
+    seed: int | None = None
+    covariates: pl.DataFrame | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def judge(run: str | Path, console: Console | None = None, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Score all arms of a run on its test examples; writes ``scores.parquet`` and ``results.json``.
+def audit(
+    seeds: Sequence[Scored],
+    better: Mapping[str, Direction] | None = None,
+    resamples: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Judge one experiment: any arms, any metrics, one training seed or several put together.
+
+    With several seeds, the differences are averaged over them example by example; the tests then ask, with the user as
+    the unit, whether that mean differs from zero. How far the seeds lie apart is given beside it.
 
     Args:
-        run: run folder with ``config.yaml`` and ``adapter/``.
-        console: where progress is shown; None: nowhere.
-        extra: texts that go into the report as they are.
+        seeds: the scores of each training seed.
+        better: ``lower`` or ``higher`` for metrics that e2p does not know.
+        resamples: bootstrap resamples; default is the run's setting, or 10,000.
+        seed: seed of the resamples; default is the run's setting, or 42.
+
+    Returns:
+        What goes into ``results.json``. The first metric's comparisons make the verdict; further metrics stand in
+        ``other_metrics``, each corrected by Holm by itself.
 
     Raises:
-        RunError: the folder holds no finished training.
-        DataError: the embedding table's version is not the one trained with.
+        DataError: no scores; runs of different experiments or with the same seed; scores that cannot be paired; a
+            metric whose direction is not known.
     """
-    folder = Path(run)
-    if not (folder / "config.yaml").is_file() or not (folder / "adapter" / CONFIG).is_file():
-        raise RunError(f"{folder}: expected a run with config.yaml and adapter/, found none; run e2p train first")
-    config = load_yaml(folder / "config.yaml")
-    backbone = FrozenBackbone.load(config.backbone, config.training.precision)
-    e2p = E2PModel.from_pretrained(folder / "adapter", backbone)
-    inputs = load_inputs(config.data, e2p.encoder, e2p.projector.config.position)
-    if inputs.embeddings.versions != e2p.embedding_versions:
-        trained, here = (", ".join(v) or "(not named)" for v in (e2p.embedding_versions, inputs.embeddings.versions))
-        raise DataError(
-            f"{config.data.embeddings}: expected vectors of version {trained}, which the adapter was trained with, "
-            f"got {here}"
-        )
-    if inputs.embeddings.dim != e2p.projector.embedding_dim:
-        raise DataError(
-            f"{config.data.embeddings}: expected vectors of {e2p.projector.embedding_dim} numbers, got "
-            f"{inputs.embeddings.dim}; name the table that the adapter was trained with"
-        )
-    check_inputs(folder, "e2p", inputs)
-    require_tests(inputs.keys["user_id"].to_numpy()[inputs.rows("test")])  # before controls are trained
-    names, profiled, warnings = _possible_arms(config, e2p, inputs)
-    models = {"e2p": e2p}
-    for arm in ("static", "shuffled"):
-        if arm in names:
-            models[arm] = _control(config, backbone, inputs, arm, folder, console)
-    arms = build_arms(names, models, inputs, profiled, config.evaluation.seed, config.training.seed)
-    with _bars(console) as bars:
-        scores = pl.concat([score_arm(arm, inputs, config.training.tokens_per_pass, bars) for arm in arms])
-    write_frame(folder / "scores.parquet", scores)
-    training = {arm: _training_record(folder, arm) for arm in models}
-    judged = training["e2p"]["validation"]
-    if is_useless(judged):
-        warnings.append("On validation data the prefix is worse than no prefix. Do not serve this adapter.")
-        if console:
-            warn_useless(console, judged)
-    comparisons = compare(per_example(scores), config.evaluation.resamples, config.evaluation.seed)
-    results = {
-        "format": 1,
-        "run": folder.name,
-        "task": Path(config.data.examples).parent.name,
-        "provenance": provenance(),
-        "seed": config.training.seed,
-        "config": to_dict(config),
-        "data": dict(inputs.counts),
-        "arms": summarise(scores, config.evaluation.resamples, config.evaluation.seed),
-        "comparisons": [dataclasses.asdict(comparison) for comparison in comparisons],
-        "verdict": verdict(comparisons),
-        "training": training,
-        "samples": [],
-        "extra": dict(extra or {}),
-        "warnings": warnings,
+    if not seeds:
+        raise DataError("audit: expected the scores of at least one run, got none")
+    _check_one_experiment(seeds)
+    first = seeds[0]
+    settings = (first.about.get("config") or {}).get("evaluation") or {}
+    resamples = resamples or settings.get("resamples", 10_000)
+    seed = settings.get("seed", 42) if seed is None else seed
+    scores = over_seeds([one.scores for one in seeds])
+    headline, *others = (_of_metric(name, scores, seeds, better, resamples, seed) for name in audited_metrics(scores))
+    comparisons = headline.pop("compared")
+    leaks = first.about.get("leaks")
+    fired = [check["name"] for check in leaks or () if check["fired"]]
+    bins: list[dict[str, Any]] = []
+    if first.covariates is not None:
+        bins = breakdowns(headline["wide"], first.covariates, resamples, seed)
+    known = [one.seed for one in seeds if one.seed is not None]
+    return {
+        "format": FORMAT,
+        "run": first.name,
+        "runs": [one.name for one in seeds],
+        "task": first.about.get("task", ""),
+        "provenance": first.about.get("provenance") or provenance(),
+        "seed": first.seed,
+        "seeds": known,
+        "config": first.about.get("config") or {},
+        "data": first.about.get("data") or {},
+        "metric": headline["metric"],
+        "arms": headline["arms"],
+        "comparisons": headline["comparisons"],
+        "verdict": verdict(comparisons, fired),
+        "rule": RULE,
+        "other_metrics": [{name: other[name] for name in ("metric", "arms", "comparisons")} for other in others],
+        "breakdowns": bins,
+        "leaks": leaks,
+        "valid": None if leaks is None else not fired,
+        "training": first.about.get("training") or {},
+        "samples": first.about.get("samples") or [],
+        "extra": first.about.get("extra") or {},
+        "space": first.about.get("space"),
+        "prefix": first.about.get("prefix"),
+        "warnings": _warnings(seeds),
     }
-    write_results(folder, results)
-    try:
-        results["samples"] = _samples(config, e2p, inputs)
-    except E2PError as error:  # an illustration must not cost what has been judged
-        warnings.append(f"No sample answers: {error}")
-    write_results(folder, results)
-    return results
 
 
-def _possible_arms(
-    config: RunConfig, e2p: E2PModel, inputs: RunInputs
-) -> tuple[tuple[str, ...], TokenisedExamples | None, list[str]]:
-    """The arms asked for that these tables and this adapter allow, examples with profiles, and what is left out why."""
-    names, warnings = config.evaluation.arms, []
-    if "null" in names and not e2p.projector.config.null_prob and not inputs.counts["null_user_without_vector"]:
-        names = tuple(name for name in names if name != "null")
-        warnings.append("The arm null is left out: with projector.null_prob 0 the null user has not been trained.")
-    profiled, why = None, ""
-    if names != without_prompt_arms(names):
-        if _has_profiles(config.data.examples):
-            try:
-                cache = cache_root(config.data.cache_dir)
-                profiled = tokenise(config.data.examples, e2p.encoder, cache, with_profile=True)
-            except DataError as error:
-                why = str(error)
-        else:
-            why = "not every example has a profile text"
-    if why:
-        names = without_prompt_arms(names)
-        warnings.append(f"The arms prompt and e2p+prompt are left out: {why}.")
-    if profiled is not None:
-        test = inputs.rows("test")
-        cut = int((profiled.column("cut_prompt")[test] > inputs.tokens.column("cut_prompt")[test]).sum())
-        if cut:
-            warnings.append(
-                f"In the arms with a profile text, {cut:,} of {len(test):,} prompts lost older turns to make room "
-                "for it (data.max_prompt_tokens)."
+def _of_metric(
+    name: str,
+    scores: pl.DataFrame,
+    seeds: Sequence[Scored],
+    better: Mapping[str, Direction] | None,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    metric = metric_of(name, better)
+    wide = per_example(scores, name)
+    by_seed = [per_example(one.scores, name) for one in seeds]
+    compared = compare(wide, resamples, seed, name, metric.better, by_seed)
+    likelihood = name == "nats_per_token" and "tokens" in wide.columns
+    return {
+        "wide": wide,
+        "compared": compared,
+        "metric": dataclasses.asdict(metric),
+        "arms": summarise(scores, resamples, seed) if likelihood else means(wide, name, resamples, seed),
+        "comparisons": [dataclasses.asdict(comparison) for comparison in compared],
+    }
+
+
+def _warnings(seeds: Sequence[Scored]) -> list[str]:
+    """The first run's, and of the others' what it does not say already."""
+    found = list(seeds[0].about.get("warnings") or ())
+    for one in seeds[1:]:
+        found += [f"Seed {one.seed}: {text}" for text in one.about.get("warnings") or () if text not in found]
+    if seeds[0].about.get("leaks") is None:
+        found.append("Leaks were not looked for: that takes the tables of a run.")
+    return found
+
+
+def experiments(scored: Sequence[Scored]) -> list[list[Scored]]:
+    """Put the runs that differ in nothing but their training seed together, in the order given.
+
+    Scores without settings are an experiment of their own, unless they come from one folder (and so bear one name).
+    """
+    found: dict[str, list[Scored]] = {}
+    for one in scored:
+        settings = _settings(one)
+        found.setdefault(json.dumps(settings, sort_keys=True) if settings else f"scores {one.name}", []).append(one)
+    return list(found.values())
+
+
+def differing(groups: Sequence[Sequence[Scored]]) -> list[dict[str, Any]]:
+    """For each experiment, the settings in which those experiments differ whose settings are known."""
+    found = [_settings(group[0]) for group in groups]
+    known = [settings for settings in found if settings]
+    names = sorted({name for settings in known for name in settings})
+    kept = [name for name in names if len({json.dumps(settings.get(name)) for settings in known}) > 1]
+    return [{name: settings[name] for name in kept if name in settings} for settings in found]
+
+
+def _settings(one: Scored) -> dict[str, Any]:
+    """What makes an experiment: settings by dotted names, and hashes of the tables."""
+    config = {name: value for name, value in flat(one.about.get("config") or {}).items() if name not in _FREE}
+    return config | {f"table of {name}": value for name, value in (one.about.get("inputs") or {}).items()}
+
+
+def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings by dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {above + key: value}
+    return found
+
+
+def _check_one_experiment(seeds: Sequence[Scored]) -> None:
+    """A mean over runs that differ in more than their seed would hide what differs."""
+    first = seeds[0]
+    for one in seeds[1:]:
+        differs = sorted(set().union(*differing([[first], [one]])))
+        if differs:
+            raise DataError(
+                f"audit: runs '{first.name}' and '{one.name}' are two experiments: they differ in {', '.join(differs)}"
             )
-    return names, profiled, warnings
+    named: dict[int | None, str] = {}
+    for one in seeds:
+        if one.seed in named:
+            raise DataError(
+                f"audit: runs '{named[one.seed]}' and '{one.name}' are one experiment with the same training seed, "
+                f"{one.seed}; expected each seed once: leave one of them out"
+            )
+        named[one.seed] = one.name
+
+
+def load_scored(folder: str | Path) -> list[Scored]:
+    """Read the scores in a folder, one entry for each training seed.
+
+    Args:
+        folder: with ``scores.parquet``; it may have a column ``seed``. ``covariates.parquet`` (for the breakdowns) and
+            ``scored.json`` (what the judge of a run writes down) may be missing.
+
+    Raises:
+        RunError: no scores there, or a file cannot be read.
+        DataError: a column is missing, or an id, arm or metric is null.
+    """
+    folder = Path(folder)
+    path = folder / SCORES
+    if not path.is_file():
+        raise RunError(f"{path}: not found; expected per-example scores with the columns {', '.join(COLUMNS)}")
+    scores = _read(path)
+    missing = [column for column in COLUMNS if column not in scores.columns]
+    if missing:
+        raise DataError(f"{path}: expected the columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
+    try:
+        scores = scores.with_columns(pl.col(COLUMNS[:4]).cast(pl.String), pl.col("value").cast(pl.Float64))
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{path}: expected texts and numbers: {str(error).splitlines()[0]}") from None
+    for column in COLUMNS[:4]:
+        if scores[column].null_count():
+            raise DataError(
+                f"{path}: {column}: expected a text in every row, got none in {scores[column].null_count()}"
+            )
+    by = _read(folder / COVARIATES) if (folder / COVARIATES).is_file() else None
+    if by is not None and "example_id" not in by.columns:
+        raise DataError(f"{folder / COVARIATES}: expected a column example_id, got {', '.join(by.columns)}")
+    if by is not None:
+        by = by.with_columns(pl.col("example_id").cast(pl.String))
+    about = read_about(folder) or {}
+    above = folder.resolve().parent
+    name = (f"{above.parent.name}/seeds/" if above.name == "seeds" else "") + folder.resolve().name
+    if "seed" not in scores.columns:
+        return [Scored(name, scores.select(COLUMNS), about.get("seed"), by, about)]
+    return [
+        Scored(name, part.select(COLUMNS), int(part["seed"][0]), by, about)
+        for part in scores.partition_by("seed", maintain_order=True)
+    ]
+
+
+def _read(path: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise RunError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+
+
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """What the judge has written down beside a run's scores; None if there is nothing."""
+    path = folder / ABOUT
+    if not path.is_file():
+        return None
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read as JSON: {error}; evaluate the run again") from None
+    if not isinstance(about, dict):
+        raise RunError(f"{path}: expected a mapping, got {type(about).__name__}; evaluate the run again")
+    return about
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write ``results.json`` in one step."""
-    half = folder / ".results.json"
+    write_json(folder / RESULTS, results)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step."""
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of one."""
+    half = path.with_name(f".{path.name}")
     try:
-        half.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        half.replace(folder / "results.json")
+        half.write_text(text, encoding="utf-8", errors="replace")  # an answer may hold half of a character pair
+        half.replace(path)
     except OSError as error:
-        raise RunError(f"{folder / 'results.json'}: cannot be written: {error}; make room") from None
-
-
-def _control(
-    config: RunConfig, backbone: FrozenBackbone, inputs: RunInputs, arm: str, folder: Path, console: Console | None
-) -> E2PModel:
-    if (arm_folder(folder, arm) / "adapter" / CONFIG).is_file():
-        check_inputs(folder, arm, inputs)
-        return E2PModel.from_pretrained(arm_folder(folder, arm) / "adapter", backbone)
-    return train_arm(config, backbone, inputs, arm, folder, console, resume=True)[0]  # an interrupted one goes on
-
-
-def _training_record(folder: Path, arm: str) -> dict[str, Any]:
-    path = arm_folder(folder, arm) / "training.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: expected the record of a training, got: {error}; train again") from None
-
-
-def _has_profiles(source: str) -> bool:
-    return all(
-        frame["profile"].null_count() == 0 and (frame["profile"] != "").all() for frame in example_batches(source)
-    )
-
-
-def _samples(config: RunConfig, model: E2PModel, inputs: RunInputs) -> list[dict[str, Any]]:
-    """The first test example's prompt, answered by the bare backbone and for a few test users."""
-    rows = inputs.rows("test")
-    random = np.random.default_rng([config.evaluation.seed, 4])
-    users = inputs.keys["user_id"].to_numpy()
-    _, firsts = np.unique(users[rows], return_index=True)
-    count = min(config.evaluation.samples, len(firsts))
-    if not count:
-        return []
-    chosen = rows[np.sort(random.choice(firsts, count, replace=False))]
-    wanted = _texts(config.data.examples, {int(row) for row in (rows[0], *chosen)})
-    first = wanted[int(rows[0])]
-    prompt = first["messages"] or first["prompt"]
-    which = inputs.vector_rows[chosen]
-    vectors = [inputs.embeddings.vectors[row] if row >= 0 else None for row in which]
-    length = _room(config, model, prompt)
-    plain = model.generate([prompt], use_prefix=False, max_new_tokens=length, do_sample=False)[0]
-    personal = model.generate([prompt] * count, vectors, max_new_tokens=length, do_sample=False)
-    answers = [{"user_id": "", "profile": None, "arm": "none", "text": plain}] + [
-        {"user_id": str(users[row]), "profile": wanted[int(row)]["profile"], "arm": "e2p", "text": text}
-        for row, text in zip(chosen, personal, strict=True)
-    ]
-    shown = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-    return [{"prompt": shown, "answers": answers}]
-
-
-def _room(config: RunConfig, model: E2PModel, prompt: Prompt) -> int:
-    """New tokens that are asked for, or that still fit in the backbone's window."""
-    asked, window = config.evaluation.max_new_tokens, model.backbone.window
-    taken = len(model.encoder.prompt(prompt).ids) + model.projector.config.prefix_tokens
-    return asked if window is None else max(1, min(asked, window - taken))
-
-
-def _texts(source: str, rows: set[int]) -> dict[int, dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {}
-    for frame in example_batches(source):
-        for row in frame.filter(pl.col("row").is_in(list(rows))).iter_rows(named=True):
-            found[row["row"]] = row
-        if len(found) == len(rows):
-            break
-    return found
-
-
-def _bars(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=console is None,
-    )
+        raise RunError(f"{path}: cannot be written: {error}; make room") from None

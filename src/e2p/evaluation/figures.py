@@ -1,219 +1,321 @@
-"""The report's pictures, drawn once as PNG files and once as SVG that takes the page's text colour."""
+"""The report's pictures: what the arms reach, what it costs, and for whom. Space and curves have rooms of their own."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 
-from e2p.errors import MissingExtraError
+from e2p.evaluation.curves import draw_learning
+from e2p.evaluation.curves import draw_sweep as draw_sweep  # so that all pictures can be had here
+from e2p.evaluation.figures_space import draw_likeness, draw_space
+from e2p.evaluation.look import ARM_TONES, GREY, INK, TONES, Picture, bar, picture, rows, short
 from e2p.evaluation.metrics import arm_order, per_example
-from e2p.evaluation.significance import Comparison, cluster_totals
+from e2p.evaluation.significance import Comparison, bootstrap_totals, cluster_totals, percentile_interval
+from e2p.evaluation.tables import Metric
 
-# Readable on white and on near-black; the tone of "better" is the page's accent.
-TONES = {"better": "#0f8b6d", "worse": "#d0503f", "no difference": "#8a8f98", "too few users": "#8a8f98"}
-ARM_TONES = {"e2p": "#0f8b6d", "e2p+prompt": "#3d7dd8", "static": "#c98a1b", "shuffled": "#a05fc0"}
-_INK = "#1b1f24"  # every text and axis; SVG turns it into the page's own colour
-_WIDTH = 5.8  # inches; with this, texts have about the page's own size
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 10.5,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": "#8a8f98",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.grid": True,
-    "grid.color": "#8a8f98",
-    "grid.alpha": 0.22,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "ytick.left": False,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text: it takes the page's font and can be searched
-    "svg.hashsalt": "e2p",
-    "text.parse_math": False,
-}
+LEAD = ("differences", "gains", "context")  # the three pictures that stand right under the verdict
 
 
-class Picture(NamedTuple):
-    """A figure's file name, what it shows in words, and its inline SVG."""
+class Gain(NamedTuple):
+    """What an arm wins over the bare model, and the tokens that it adds to every prompt."""
 
-    name: str
-    title: str
-    caption: str
-    svg: str
+    arm: str
+    tokens: float
+    gain: float
+    ci: tuple[float, float] | None
 
 
 def draw(
-    results: dict[str, Any], comparisons: Sequence[Comparison], scores: pl.DataFrame | None, folder: Path
+    results: Mapping[str, Any],
+    comparisons: Sequence[Comparison],
+    scores: pl.DataFrame | None,
+    space: pl.DataFrame | None,
+    folder: Path,
 ) -> list[Picture]:
     """Draw what the results allow, write ``folder/*.png``, and return the pictures in the report's order.
 
     Args:
         results: a run's ``results.json``.
-        comparisons: the same results' comparisons, in table order.
-        scores: the run's per-example scores, for the gains by user; None leaves that picture out.
+        comparisons: the same results' comparisons in the headline metric, in table order.
+        scores: the run's per-example scores, for the gains; None leaves out what needs them.
+        space: the run's ``space.parquet``, for the map of the users; None leaves that picture out.
         folder: where the PNG files go; made if missing.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "eval", "a report with figures") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = []
-    gains = _gains(scores)
-    with matplotlib.rc_context(_STYLE):
-        if comparisons:
-            figure = Figure(figsize=(_WIDTH, 0.8 + 0.36 * len(comparisons)), layout="constrained")
-            _differences(figure.subplots(), comparisons)
-            pictures.append(_save(figure, folder, "differences", "Differences", _DIFFERENCES))
-        if results["arms"]:
-            figure = Figure(figsize=(_WIDTH, 0.8 + 0.36 * len(results["arms"])), layout="constrained")
-            _perplexity(figure.subplots(), results["arms"])
-            pictures.append(_save(figure, folder, "perplexity", "Perplexity by arm", _PERPLEXITY))
-        if gains is not None:
-            against, values = gains
-            figure = Figure(figsize=(_WIDTH, 2.9), layout="constrained")
-            _histogram(figure.subplots(), values, against)
-            text = _GAINS.format(against=against, share=float((values > 0).mean()), users=len(values))
-            pictures.append(_save(figure, folder, "gains", "Gain by user", text))
-        if any(part.get("history") for part in results["training"].values()):
-            figure = Figure(figsize=(_WIDTH, 3.3), layout="constrained")
-            _curves(figure.subplots(), results["training"])
-            pictures.append(_save(figure, folder, "learning", "Learning curves", _CURVES))
-    return pictures
+    metric, arms = Metric.of(results), results["arms"]
+    wide = _wide(scores, metric)
+    found: list[Picture | None] = [
+        draw_differences(comparisons, metric, folder),
+        draw_gains(wide, metric, folder),
+        draw_context(arms, comparisons, wide, metric, folder),
+        draw_arms(arms, metric, folder),
+        draw_breakdowns(results.get("breakdowns") or [], metric, folder),
+        draw_space(results.get("space"), space, folder),
+        draw_likeness(results.get("prefix"), folder),
+        draw_learning(results["training"], folder),
+    ]
+    return [one for one in found if one is not None]
 
 
-_DIFFERENCES = (
-    "Mean difference in nats per token, with 95% intervals from a bootstrap over users. "
-    "Left of zero: better. Grey: no difference after Holm's correction."
-)
-_PERPLEXITY = "Perplexity of the completions, with 95% intervals from a bootstrap over users. Left is better."
-_GAINS = (
-    "Mean gain of the user's own vector over the arm {against}, user by user. Right of zero: the user gains; "
-    "that is {share:.0%} of {users:,} users."
-)
-_CURVES = (
-    "Training loss (faint) and validation loss (points; the best is ringed), nats per token. "
-    "Dashed: the frozen model without prefix on the same validation data."
-)
-
-
-def _differences(axes: Any, comparisons: Sequence[Comparison]) -> None:
-    for row, comparison in enumerate(comparisons):
-        tone = TONES.get(comparison.verdict, _INK)
-        if comparison.ci is not None:
-            axes.plot(comparison.ci, [row, row], color=tone, linewidth=2.4, solid_capstyle="round")
-        axes.plot(comparison.difference, row, "o", color=tone, markersize=6.5)
-    axes.axvline(0, color=_INK, linewidth=1)
-    axes.set_xlabel("nats per token")
-    _rows(axes, [comparison.name for comparison in comparisons], bold=2)
-
-
-def _perplexity(axes: Any, arms: dict[str, dict[str, Any]]) -> None:
-    names = arm_order(arms)
-    for row, arm in enumerate(names):
-        value, interval = arms[arm]["perplexity"], arms[arm].get("perplexity_ci")
-        tone = ARM_TONES["e2p"] if arm.startswith("e2p") else TONES["no difference"]
-        if interval is not None:
-            axes.plot(interval, [row, row], color=tone, linewidth=2.4, solid_capstyle="round")
-        axes.plot(value, row, "o", color=tone, markersize=6.5)
-        axes.annotate(f"{value:.2f}", (value, row), (0, 6), textcoords="offset points", ha="center", fontsize=9)
-    axes.set_xlabel("perplexity")
-    _rows(axes, names)
-
-
-def _rows(axes: Any, names: Sequence[str], bold: int = 0) -> None:
-    axes.set_yticks(range(len(names)), names)
-    for label in axes.get_yticklabels()[:bold]:
-        label.set_fontweight("bold")
-    axes.set_ylim(len(names) - 0.4, -0.6)  # first row on top
-    axes.grid(False, axis="y")
-    axes.margins(x=0.08)
-
-
-def _gains(scores: pl.DataFrame | None) -> tuple[str, np.ndarray] | None:
-    """Per user, mean over examples of control minus e2p (nats per token), with the first control there is."""
-    if scores is None:
+def draw_differences(comparisons: Sequence[Comparison], metric: Metric, folder: Path) -> Picture | None:
+    """Every comparison with its interval, and a dot for every training seed where there are several."""
+    if not comparisons:
         return None
-    wide = per_example(scores)
-    controls = [arm for arm in ("random", "static", "none") if arm in wide.columns]
-    if "e2p" not in wide.columns or not controls:
+    several = any(len(c.by_seed) > 1 for c in comparisons)
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        for row, comparison in enumerate(comparisons):
+            tone = TONES.get(comparison.verdict, INK)
+            bar(axes, comparison.difference, comparison.ci, row, tone)
+            if len(comparison.by_seed) > 1:
+                at = [row + 0.3] * len(comparison.by_seed)
+                axes.plot(comparison.by_seed, at, "o", color=tone, markersize=3.2, alpha=0.65, markeredgewidth=0)
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_xlabel(metric.label)
+        rows(axes, [comparison.name for comparison in comparisons], bold=2)
+
+    side = "Left" if metric.better == "lower" else "Right"
+    caption = (
+        f"Mean difference in {metric.label}, with 95% intervals from a bootstrap over users. {side} of zero: better. "
+        "Grey: no difference after Holm's correction."
+    ) + (" Small dots: the training seeds, one by one." if several else "")
+    height = 0.75 + (0.36 if several else 0.31) * len(comparisons)
+    return picture(folder, "differences", "What makes the difference", caption, height, paint)
+
+
+def draw_gains(wide: pl.DataFrame | None, metric: Metric, folder: Path) -> Picture | None:
+    """How many users gain how much by their own vector."""
+    found = gains_by_user(wide, metric)
+    if found is None:
         return None
-    gain = (wide[controls[0]] - wide["e2p"]).to_numpy()
+    against, values = found
+    caption = (
+        f"Mean gain of the user's own vector over the arm {against}, user by user. Right of zero: the user gains; "
+        f"that is {float((values > 0).mean()):.0%} of {len(values):,} users."
+    )
+    return picture(
+        folder,
+        "gains",
+        "Gain by user",
+        caption,
+        2.7,
+        lambda figure: _histogram(figure.subplots(), values, against, metric),
+    )
+
+
+def gains_by_user(wide: pl.DataFrame | None, metric: Metric) -> tuple[str, np.ndarray] | None:
+    """Per user, mean over examples of the gain of e2p over the first control there is."""
+    controls = [arm for arm in ("random", "static", "none") if wide is not None and arm in wide.columns]
+    if wide is None or "e2p" not in wide.columns or not controls:
+        return None
+    gain = metric.sign * (wide[controls[0]] - wide["e2p"]).to_numpy()
     totals = cluster_totals(np.column_stack([gain, np.ones(len(gain))]), wide["user_id"].to_numpy())
     return controls[0], totals[:, 0] / totals[:, 1]
 
 
-def _histogram(axes: Any, values: np.ndarray, against: str) -> None:
+def draw_context(
+    arms: Mapping[str, Any], comparisons: Sequence[Comparison], wide: pl.DataFrame | None, metric: Metric, folder: Path
+) -> Picture | None:
+    """What each arm wins over the bare model against the tokens that it costs in every prompt."""
+    gains = gains_over_none(arms, comparisons, wide, metric)
+    if not gains:
+        return None
+    own = (
+        "" if wide is not None or metric.name != "nats_per_token" else " Over all tokens; intervals are each arm's own."
+    )
+    caption = (
+        f"Gain over the bare model (dashed) against the tokens that the conditioning adds to every prompt; with 95% "
+        f"intervals. Top left: much for little. Arms of one cost stand side by side.{own}"
+    )
+    return picture(
+        folder, "context", "Gain against context", caption, 2.9, lambda figure: _context(figure, gains, metric)
+    )
+
+
+def gains_over_none(
+    arms: Mapping[str, Any], comparisons: Sequence[Comparison], wide: pl.DataFrame | None, metric: Metric
+) -> list[Gain]:
+    """Gain of every arm over the arm none.
+
+    With scores, it is a mean over examples, as in the comparisons; the intervals are theirs, and of an arm that is not
+    compared with none, of a bootstrap over users. Without scores, both follow from the arms' own figures.
+    """
+    names = [arm for arm in arm_order(arms) if arm != "none" and arms[arm].get("context_tokens") is not None]
+    floor = metric.mean(arms["none"]) if "none" in arms else None
+    if floor is None or not names:
+        return []
+    gains = []
+    if wide is None or not {"none", *names} <= set(wide.columns):
+        for arm in names:
+            if (mean := metric.mean(arms[arm])) is not None:
+                ends = None if mean[1] is None else [metric.sign * (floor[0] - bound) for bound in mean[1]]
+                gains.append(Gain(arm, arms[arm]["context_tokens"], metric.sign * (floor[0] - mean[0]), _sorted(ends)))
+        return gains
+    columns = [metric.sign * (wide["none"] - wide[arm]).to_numpy() for arm in names]
+    totals = cluster_totals(np.column_stack([*columns, np.ones(wide.height)]), wide["user_id"].to_numpy())
+    resampled = bootstrap_totals(totals, 2000, 42)
+    tested = {c.arm: [-metric.sign * end for end in c.ci] for c in comparisons if c.against == "none" and c.ci}
+    for index, arm in enumerate(names):
+        drawn = percentile_interval(resampled[:, index] / resampled[:, -1]) if len(totals) > 1 else None
+        gain = float(columns[index].mean())
+        gains.append(Gain(arm, arms[arm]["context_tokens"], gain, _sorted(tested.get(arm, drawn))))
+    return gains
+
+
+def draw_arms(arms: Mapping[str, Any], metric: Metric, folder: Path) -> Picture | None:
+    """Every arm's perplexity, or its mean of another headline metric."""
+    names, values = [], []
+    perplexity = metric.name == "nats_per_token"
+    for arm in arm_order(arms):
+        mean = metric.mean(arms[arm])
+        if perplexity and arms[arm].get("perplexity") is not None:
+            mean = arms[arm]["perplexity"], arms[arm].get("perplexity_ci")
+        if mean is not None:
+            names.append(arm)
+            values.append(mean)
+    if not names:
+        return None
+    label = "perplexity" if perplexity else metric.label
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        for row, (arm, (value, interval)) in enumerate(zip(names, values, strict=True)):
+            bar(axes, value, interval, row, ARM_TONES["e2p"] if arm.startswith("e2p") else GREY)
+            text = f"{value:.2f}" if perplexity else f"{value:.3f}"
+            axes.annotate(text, (value, row), (0, 5), textcoords="offset points", ha="center", fontsize=8.5)
+        axes.set_xlabel(label)
+        rows(axes, names)
+
+    side = "Left" if metric.better == "lower" else "Right"
+    title = f"{label[0].upper()}{label[1:]} by arm"
+    caption = f"{title}, with 95% intervals from a bootstrap over users. {side} is better."
+    return picture(folder, "arms", title, caption, 0.75 + 0.36 * len(names), paint)
+
+
+def draw_breakdowns(breakdowns: Sequence[Mapping[str, Any]], metric: Metric, folder: Path) -> Picture | None:
+    """For whom it works: one panel for everything that examples are divided by."""
+    if not breakdowns:
+        return None
+    titles = [textwrap.wrap(short(str(one["label"]), 120), 36) for one in breakdowns]
+    # A panel's height is its rows and the lines of its title, so that rows are as far apart in all of them.
+    heights = [0.3 + 0.2 * len(title) + 0.28 * len(one["bins"]) for title, one in zip(titles, breakdowns, strict=True)]
+
+    def paint(figure: Any) -> None:
+        panels = figure.subplots(len(breakdowns), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+        for axes, title, one in zip(panels, titles, breakdowns, strict=True):
+            for row, part in enumerate(one["bins"]):
+                low, high = part["ci"] or (np.nan, np.nan)
+                word = "better" if metric.sign * part["difference"] < 0 else "worse"
+                bar(axes, part["difference"], part["ci"], row, TONES[word] if low > 0 or high < 0 else GREY)
+            axes.axvline(0, color=INK, linewidth=1)
+            axes.set_title("\n".join(title), loc="left", fontsize=9, fontweight="normal")
+            rows(axes, [str(part["label"]) for part in one["bins"]])
+        panels[-1].set_xlabel(f"{short(str(breakdowns[0]['comparison']), 40)}, {metric.label}")
+
+    side = "Left" if metric.better == "lower" else "Right"
+    caption = (
+        "Difference between the user's own vector and its control by what is known of the example, with 95% intervals "
+        f"from a bootstrap over users, each for itself. {side} of zero: better. Grey: the interval holds zero."
+    )
+    return picture(folder, "breakdowns", "For whom it works", caption, 0.5 + sum(heights), paint)
+
+
+def _wide(scores: pl.DataFrame | None, metric: Metric) -> pl.DataFrame | None:
+    """Scores of the headline metric, one column per arm; None where the scores do not hold it."""
+    if scores is None:
+        return None
+    stored = set(scores["metric"].unique()) if "metric" in scores.columns else set()
+    derived = "nll" in stored and metric.name in ("nats_per_token", "bits_per_byte")
+    return per_example(scores, metric.name) if metric.name in stored or derived or not stored else None
+
+
+def _sorted(ends: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if ends is None else (float(min(ends)), float(max(ends)))
+
+
+def _histogram(axes: Any, values: np.ndarray, against: str, metric: Metric) -> None:
     # Two users in a hundred on either side may lie far out; they are counted in the outermost bars.
     low, high = np.quantile(values, [0.01, 0.99])
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     if low == high:
         low, high = low - 0.5, high + 0.5
-    width = (high - low) / 36
+    width = (high - low) / 30
     edges = np.arange(np.floor(low / width), np.ceil(high / width) + 1) * width  # zero is an edge
     counts, edges = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
     colours = [TONES["better"] if left >= -width / 2 else TONES["worse"] for left in edges[:-1]]
     axes.bar(edges[:-1], counts, width * 0.92, align="edge", color=colours)
-    axes.axvline(0, color=_INK, linewidth=1)
+    axes.axvline(0, color=INK, linewidth=1)
     axes.set_ylim(0, counts.max() * 1.18)  # room for the text at the mean
     mean = float(values.mean())
-    axes.axvline(mean, color=_INK, linewidth=1, linestyle=(0, (2, 2)))
-    axes.annotate(f"mean {mean:+.3f}", (mean, 1), (5, -9), xycoords=("data", "axes fraction"),
-                  textcoords="offset points", fontsize=9)  # fmt: skip
-    axes.set_xlabel(f"gain over {against}, nats per token")
+    axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (2, 2)))
+    left = mean > (edges[0] + edges[-1]) / 2  # there is more room on that side
+    axes.annotate(f"mean {mean:+.3f}".replace("-", "−"), (mean, 1), (-5 if left else 5, -9),
+                  xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8.5,
+                  ha="right" if left else "left")  # fmt: skip
+    axes.set_xlabel(f"gain over {against}, {metric.label}")
     axes.set_ylabel("users")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.grid(False, axis="x")
 
 
-def _curves(axes: Any, training: dict[str, dict[str, Any]]) -> None:
-    shown = []
-    for arm in arm_order(training):
-        history = training[arm].get("history") or []
-        tone = ARM_TONES.get(arm, TONES["no difference"])
-        losses, held_out = _points(history, "loss"), _points(history, "eval_loss")
-        if losses:
-            axes.plot(*zip(*losses, strict=True), color=tone, linewidth=1, alpha=0.5)
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o-", color=tone, linewidth=1.8, markersize=4, label=arm)
-            step, loss = min(held_out, key=lambda point: point[1])
-            axes.plot(step, loss, "o", markersize=10, markerfacecolor="none", markeredgecolor=tone)
-        shown += [loss for _, loss in held_out] + [loss for _, loss in losses[len(losses) // 10 :]]
-    frozen = [(part.get("validation") or {}).get("none") for part in training.values()]
-    floor = [float(loss) for loss in frozen if loss is not None and np.isfinite(loss)]
-    if floor:
-        axes.axhline(floor[0], color=_INK, linewidth=1, linestyle="--", label="no prefix")
-        shown.append(floor[0])
-    if shown:  # the first steps of a fresh prefix may be far off and must not flatten the rest
-        room = 0.08 * (max(shown) - min(shown) or 1)
-        axes.set_ylim(min(shown) - room, max(shown) + room)
-    axes.set_xlabel("optimiser step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylabel("nats per token")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, fontsize=9.5)
+def _context(figure: Any, gains: Sequence[Gain], metric: Metric) -> None:
+    from matplotlib.transforms import offset_copy
+
+    axes = figure.subplots()
+    axes.axhline(0, color=INK, linewidth=1, linestyle="--")
+    groups: list[list[Gain]] = []
+    for gain in sorted(gains, key=lambda gain: gain.tokens):
+        if not groups or gain.tokens > groups[-1][0].tokens * 1.5 + 0.5:
+            groups.append([])
+        groups[-1].append(gain)
+    for group in groups:
+        group.sort(key=lambda gain: -gain.gain)
+        for place, gain in enumerate(group):
+            tone = ARM_TONES.get(gain.arm, GREY)
+            beside = offset_copy(axes.transData, figure, x=5.5 * (place - (len(group) - 1) / 2), units="points")
+            if gain.ci is not None:
+                axes.plot(
+                    [gain.tokens] * 2, gain.ci, color=tone, linewidth=2.2, solid_capstyle="round", transform=beside
+                )
+            axes.plot(gain.tokens, gain.gain, "o", color=tone, markersize=6, transform=beside)
+    axes.set_xscale("symlog", linthresh=1, linscale=0.5)
+    most = max(gain.tokens for gain in gains)
+    axes.set_xlim(-0.3, max(most, 1) * 13)  # room for the names
+    ticks = [0] + [10**power for power in range(5) if 10**power <= most * 3]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    ends = [0.0, *(gain.gain for gain in gains), *(end for gain in gains for end in gain.ci or ())]
+    room = 0.08 * (max(ends) - min(ends) or 1)
+    axes.set_ylim(min(ends) - room, max(ends) + room)
+    axes.set_xlabel("tokens added to the prompt")
+    axes.set_ylabel(f"gain over none, {metric.label}")
+    figure.draw_without_rendering()  # names are spread in points, which need the final size
+    figure.set_layout_engine("none")
+    to_points = 72 / figure.dpi
+    for group in groups:
+        heights = [axes.transData.transform((0, gain.gain))[1] * to_points for gain in group]
+        right = 5.5 * (len(group) - 1) / 2 + 8
+        for gain, at, height in zip(group, spread(heights, 11), heights, strict=True):
+            axes.annotate(gain.arm, (gain.tokens, gain.gain), (right, at - height), textcoords="offset points",
+                          va="center", fontsize=8.5, color=ARM_TONES.get(gain.arm, GREY))  # fmt: skip
 
 
-def _points(history: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """The finite values of a curve: a run that diverged still gets its report."""
-    found = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
-    return [(step, value) for step, value in found if np.isfinite(value)]
-
-
-def _save(figure: Any, folder: Path, name: str, title: str, caption: str) -> Picture:
-    figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white", metadata={"Software": None})
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = drawn.getvalue()
-    svg = text[text.index("<svg") :].replace(_INK, "currentColor")
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
-    return Picture(name, title, caption, svg)
+def spread(heights: Sequence[float], apart: float) -> list[float]:
+    """Heights, highest first, moved as little as possible so that they are ``apart`` (pool adjacent violators)."""
+    blocks: list[list[float]] = []  # sum of the tops that a block's members ask for, members
+    for place, height in enumerate(heights):
+        blocks.append([height + place * apart, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] < blocks[-1][0] / blocks[-1][1]:
+            total, members = blocks.pop()
+            blocks[-1][0] += total
+            blocks[-1][1] += members
+    tops = [total / members for total, members in blocks for _ in range(int(members))]
+    return [top - place * apart for place, top in enumerate(tops)]

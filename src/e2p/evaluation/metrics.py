@@ -1,13 +1,16 @@
-"""From per-example scores to numbers per arm: perplexity with its interval, bits per byte, cost in context.
+"""From per-example scores to numbers per arm: means and perplexity with intervals, bits per byte, cost in context.
 
-Scores are a long table: ``example_id``, ``user_id``, ``arm``, ``metric``, ``value``. Stored are sums (nats,
-tokens, bytes), never ratios, so that a corpus figure is the ratio of sums and not a mean of ratios.
+Scores are a long table: ``example_id``, ``user_id``, ``arm``, ``metric``, ``value``. Likelihoods are stored as sums
+(nats, tokens, bytes), never ratios, so that a corpus figure is the ratio of sums and not a mean of ratios. Whatever
+else is measured example by example (ROUGE, HitRate@k, engagement) is stored as it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,78 @@ import polars as pl
 
 from e2p.config import ARMS
 from e2p.errors import DataError
-from e2p.evaluation.significance import bootstrap_totals, cluster_totals, percentile_interval
+from e2p.evaluation.significance import Direction, bootstrap_totals, cluster_totals, percentile_interval
 
 COLUMNS = ("example_id", "user_id", "arm", "metric", "value")
+_KEY = COLUMNS[:4]
 _RATIOS = {"nats_per_token": ("nll", "tokens", 1.0), "bits_per_byte": ("nll", "bytes", math.log(2))}
+_PARTS = ("nll", "tokens", "bytes", "context_tokens")  # what likelihoods are made of
+_KNOWN: dict[str, tuple[str, Direction]] = {
+    "nats_per_token": ("nats per token", "lower"),
+    "bits_per_byte": ("bits per byte", "lower"),
+    "nll": ("nats per completion", "lower"),
+    "perplexity": ("perplexity", "lower"),
+    "rouge1": ("ROUGE-1", "higher"),
+    "rouge2": ("ROUGE-2", "higher"),
+    "rougeL": ("ROUGE-L", "higher"),
+    "auc": ("AUC", "higher"),
+    "engagement": ("engagement", "higher"),
+    "affinity": ("affinity", "higher"),
+    "accuracy": ("accuracy", "higher"),
+}
+_RANKED = {"hit_rate": "HitRate", "ndcg": "NDCG", "mrr": "MRR", "recall": "recall", "precision": "precision"}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured on every example.
+
+    Args:
+        name: as in the scores.
+        label: as people write it.
+        better: whether lower or higher values are better.
+    """
+
+    name: str
+    label: str
+    better: Direction
+
+
+def metric_of(name: str, better: Mapping[str, Direction] | None = None) -> Metric:
+    """A metric by name; ``hit_rate@10``, ``ndcg@5`` and the like are known for every k.
+
+    Args:
+        name: of the metric.
+        better: the direction of metrics that e2p does not know.
+
+    Raises:
+        DataError: the metric is not known and no direction is given.
+    """
+    ranked = re.fullmatch(rf"({'|'.join(_RANKED)})@([1-9]\d*)", name)
+    label, known = (f"{_RANKED[ranked[1]]}@{ranked[2]}", "higher") if ranked else _KNOWN.get(name, (name, None))
+    direction = (better or {}).get(name, known)
+    if direction not in ("lower", "higher"):
+        raise DataError(
+            f"scores: is a lower or a higher {name} better? It is no metric that e2p knows; say so with "
+            f"--better.{name} higher, in Python with better={{'{name}': 'higher'}}"
+        )
+    return Metric(name, label, "lower" if direction == "lower" else "higher")
+
+
+def audited_metrics(scores: pl.DataFrame) -> list[str]:
+    """The metrics that scores can be judged by: nats per token first, where there are likelihoods, then the others in
+    the order in which they stand there. The first drives the verdict.
+
+    Raises:
+        DataError: there is none.
+    """
+    stored = scores["metric"].unique(maintain_order=True).to_list()
+    likelihood = "nats_per_token" if "tokens" in stored else "nll"
+    found = [likelihood] if "nll" in stored else []
+    found += [name for name in stored if name not in (*_PARTS, *found)]
+    if not found:
+        raise DataError(f"scores: no metric to judge by, only {', '.join(stored) or 'no rows'}")
+    return found
 
 
 def arm_order(arms: Iterable[str]) -> list[str]:
@@ -32,52 +103,107 @@ def per_example(scores: pl.DataFrame, metric: str = "nats_per_token") -> pl.Data
 
     Args:
         scores: the long table of a run.
-        metric: ``nats_per_token`` (nll / tokens), ``bits_per_byte`` (nll / ln 2 / bytes), or a stored metric.
+        metric: a stored metric, ``nats_per_token`` (nll / tokens) or ``bits_per_byte`` (nll / ln 2 / bytes).
             Only the completion's tokens and bytes count; prompt and prefix are masked.
 
     Returns:
-        ``example_id``, ``user_id``, ``tokens`` (labelled tokens, where the scores have them), then the arms;
-        sorted by ``example_id``.
+        ``example_id``, ``user_id``, for likelihoods ``tokens`` (labelled tokens, where the scores have them), then the
+        arms that have the metric; sorted by ``example_id``.
 
     Raises:
         DataError: arms differ in their examples, completions were not the same, or a value is not finite.
     """
-    above, below, unit = _RATIOS.get(metric, (metric, None, 1.0))
+    _check_columns(scores)
+    stored = set(scores["metric"].unique())
+    above, below, unit = (metric, None, 1.0) if metric in stored else _RATIOS.get(metric, (metric, None, 1.0))
     wide = _pivot(scores, above)
     arms = wide.columns[2:]
     if below is not None:
-        size = _same_in_all_arms(scores, below)
+        size = _same_in_all_arms(scores, below, wide)
         wide = wide.with_columns(pl.col(arm) / unit / size for arm in arms)
-    if "tokens" in scores["metric"].unique():
-        wide = wide.with_columns(_same_in_all_arms(scores, "tokens").alias("tokens"))
+    if above == "nll" and "tokens" in stored:
+        wide = wide.with_columns(_same_in_all_arms(scores, "tokens", wide).alias("tokens"))
         wide = wide.select("example_id", "user_id", "tokens", *arms)
     return wide
 
 
+def over_seeds(scores: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """The mean over training seeds of every score: again a long table, with which all goes on as with one seed.
+
+    Args:
+        scores: the long table of each seed.
+
+    Raises:
+        DataError: the seeds are not judged on the same examples, arms and metrics.
+    """
+    if len(scores) == 1:
+        return scores[0]
+    for table in scores:
+        _check_columns(table)
+    together = pl.concat(table.select(*_KEY, pl.col("value").cast(pl.Float64)) for table in scores)
+    mean = together.group_by(_KEY, maintain_order=True).agg(pl.col("value").mean(), pl.len().alias("seeds"))
+    lacking = mean.filter(pl.col("seeds") != len(scores))
+    if not lacking.is_empty():
+        row = lacking.row(0, named=True)
+        raise DataError(
+            f"scores: example '{row['example_id']}' has {row['metric']} of arm '{row['arm']}' {row['seeds']} times in "
+            f"{len(scores)} seeds; expected the same examples, arms and metrics in each"
+        )
+    return mean.select(COLUMNS)
+
+
+def means(wide: pl.DataFrame, metric: str, resamples: int = 10_000, seed: int = 42) -> dict[str, dict[str, Any]]:
+    """Mean over examples of any metric, per arm.
+
+    Args:
+        wide: of :func:`per_example`.
+        metric: name of what ``wide`` holds.
+        resamples: bootstrap resamples of the users, the same ones for every arm.
+        seed: seed of the resamples.
+
+    Returns:
+        By arm: ``examples``, ``users``, ``<metric>`` (the mean), ``<metric>_ci`` (95%, percentile bootstrap over users;
+        None with fewer than two users).
+    """
+    arms = [name for name in wide.columns[2:] if name != "tokens"]
+    values = np.column_stack([wide.select(arms).to_numpy(), np.ones(wide.height)])
+    totals = cluster_totals(values, wide["user_id"].to_numpy())
+    resampled = bootstrap_totals(totals, resamples, seed)
+    found: dict[str, dict[str, Any]] = {}
+    for index, arm in enumerate(arms):
+        interval = percentile_interval(resampled[:, index] / resampled[:, -1]) if len(totals) > 1 else None
+        found[arm] = {"examples": wide.height, "users": len(totals), metric: float(values[:, index].mean())}
+        found[arm][f"{metric}_ci"] = None if interval is None else list(interval)
+    return found
+
+
 def summarise(scores: pl.DataFrame, resamples: int = 10_000, seed: int = 42) -> dict[str, dict[str, Any]]:
-    """Figures per arm over the whole test set.
+    """Likelihood figures per arm over the whole test set.
 
     Perplexity (paper, Section 4.3) is exp(sum of nll / sum of tokens) over the completions alone: prompt,
     profile and prefix are masked. Its 95% interval is a percentile bootstrap over *users*: examples of one
     user are not independent; all arms see the same resamples.
 
     Args:
-        scores: the long table, with the metrics ``nll`` (nats), ``tokens``, ``bytes`` and ``context_tokens``.
+        scores: the long table, with the metrics ``nll`` (nats) and ``tokens``, if possible ``bytes`` and
+            ``context_tokens``.
         resamples: bootstrap resamples of the users.
         seed: seed of the resamples.
 
     Returns:
         By arm: ``examples``, ``users``, ``perplexity``, ``perplexity_ci`` (low, high; None with fewer than
         two users), ``nats_per_token``, ``bits_per_byte``, ``context_tokens`` (mean of the tokens that the
-        conditioning adds).
+        conditioning adds); the last two where the scores allow it.
 
     Raises:
         DataError: as :func:`per_example`.
     """
+    _check_columns(scores)
     nll = _pivot(scores, "nll")
-    tokens = _same_in_all_arms(scores, "tokens").to_numpy()
-    size = float(_same_in_all_arms(scores, "bytes").sum())
-    context = _pivot(scores, "context_tokens")
+    tokens = _same_in_all_arms(scores, "tokens", nll).to_numpy()
+    stored = set(scores["metric"].unique())
+    size = float(_same_in_all_arms(scores, "bytes", nll).sum()) if "bytes" in stored else None
+    context = _pivot(scores, "context_tokens", nll) if "context_tokens" in stored else None
     arms = nll.columns[2:]
 
     totals = cluster_totals(np.column_stack([nll.select(arms).to_numpy(), tokens]), nll["user_id"].to_numpy())
@@ -92,9 +218,11 @@ def summarise(scores: pl.DataFrame, resamples: int = 10_000, seed: int = 42) -> 
             "perplexity": _exp(nats[index]),
             "perplexity_ci": None if interval is None else [_exp(bound) for bound in interval],
             "nats_per_token": float(nats[index]),
-            "bits_per_byte": float(nats[index] * tokens.sum() / math.log(2) / size),
-            "context_tokens": float(context[arm].to_numpy().mean()),
         }
+        if size is not None:
+            summary[arm]["bits_per_byte"] = float(nats[index] * tokens.sum() / math.log(2) / size)
+        if context is not None:
+            summary[arm]["context_tokens"] = float(context[arm].to_numpy().mean())
     return summary
 
 
@@ -102,15 +230,22 @@ def _exp(nats: float) -> float:
     return math.exp(min(float(nats), 700.0))  # a broken model's loss must not overflow the report
 
 
-def _pivot(scores: pl.DataFrame, metric: str) -> pl.DataFrame:
-    """Checked wide table of one stored metric: example_id, user_id, arms."""
+def _check_columns(scores: pl.DataFrame) -> None:
     missing = [column for column in COLUMNS if column not in scores.columns]
     if missing:
         raise DataError(f"scores: expected the columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
     if scores.is_empty():
         raise DataError("scores: no rows; nothing was evaluated")
+
+
+def _pivot(scores: pl.DataFrame, metric: str, like: pl.DataFrame | None = None) -> pl.DataFrame:
+    """Checked wide table of one stored metric: example_id, user_id, arms; for the examples and arms of ``like``."""
     part = scores.filter(pl.col("metric") == metric)
-    _check_coverage(scores, part, metric)
+    if like is not None:
+        part = part.filter(pl.col("arm").is_in(like.columns[2:])).join(like.select("example_id"), "example_id", "semi")
+    elif part.is_empty():
+        raise DataError(f"scores: no {metric}; there is {', '.join(scores['metric'].unique(maintain_order=True))}")
+    _check_coverage(part, metric, like)
     broken = part.filter(~pl.col("value").is_finite().fill_null(False))
     if not broken.is_empty():
         row = broken.row(0, named=True)
@@ -125,12 +260,12 @@ def _pivot(scores: pl.DataFrame, metric: str) -> pl.DataFrame:
     return wide.select("example_id", "user_id", *arm_order(wide.columns[2:])).sort("example_id")
 
 
-def _check_coverage(scores: pl.DataFrame, part: pl.DataFrame, metric: str) -> None:
+def _check_coverage(part: pl.DataFrame, metric: str, like: pl.DataFrame | None) -> None:
     """A paired comparison needs every arm to have exactly one value for every example."""
-    expected = scores["example_id"].n_unique()
+    expected = part["example_id"].n_unique() if like is None else like.height
     counts = part.group_by("arm").agg(pl.len(), pl.col("example_id").n_unique().alias("examples"))
     found = {arm: (rows, examples) for arm, rows, examples in counts.iter_rows()}
-    for arm in arm_order(scores["arm"]):
+    for arm in arm_order(part["arm"] if like is None else like.columns[2:]):
         rows, examples = found.get(arm, (0, 0))
         if examples != expected:
             raise DataError(
@@ -141,9 +276,9 @@ def _check_coverage(scores: pl.DataFrame, part: pl.DataFrame, metric: str) -> No
             raise DataError(f"scores: arm '{arm}' has {rows} values of {metric} for {examples} examples; expected one")
 
 
-def _same_in_all_arms(scores: pl.DataFrame, metric: str) -> pl.Series:
+def _same_in_all_arms(scores: pl.DataFrame, metric: str, like: pl.DataFrame) -> pl.Series:
     """A completion's size, > 0. If it differs between arms, they were not scored on the same completions."""
-    wide = _pivot(scores, metric)
+    wide = _pivot(scores, metric, like)
     values = wide.select(wide.columns[2:]).to_numpy()
     for wrong, what in (
         (values.min(1) != values.max(1), "differs between arms"),

@@ -7,29 +7,46 @@ test is too sure of itself. It is reported for comparison; the verdict rests on 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
+from e2p.config import ARMS
 from e2p.errors import DataError, MissingExtraError
 
 Array = NDArray[np.float64]
+Direction = Literal["lower", "higher"]
 
 ALPHA = 0.05
-# The first two are the honest measure of personalisation and lead every table; the rest explain.
+# The first five are the headlines: whether the user's own vector did it, then what it adds to nothing and to a text
+# profile. The rest explain.
 COMPARISONS = (
     ("true minus random", "e2p", "random"),
     ("true minus static", "e2p", "static"),
     ("true minus shuffled", "e2p", "shuffled"),
-    ("true minus null", "e2p", "null"),
     ("true minus none", "e2p", "none"),
-    ("true minus prompt", "e2p", "prompt"),
     ("e2p+prompt minus prompt", "e2p+prompt", "prompt"),
+    ("true minus null", "e2p", "null"),
+    ("true minus prompt", "e2p", "prompt"),
     ("static minus none", "static", "none"),
     ("prompt minus none", "prompt", "none"),
+)
+# The controls that the verdict needs, in words.
+CONTROLS = {"random": "a random user's vector", "static": "one static token", "none": "no prefix"}
+RULE = (
+    "The verdict rests on three comparisons: the user's own vector (arm e2p) with a random user's vector, with one "
+    "static token, and with no prefix. In each, an example's difference is averaged over the training seeds and "
+    "tested with the user as the unit (t-test with user-clustered standard errors, Holm's correction over all "
+    "comparisons of the first metric). Better and worse mean a corrected p below 0.05. "
+    "Harmful: worse than no prefix. "
+    "Personalised: not harmful, better than a random user's vector and better than one static token. "
+    "Conditioned but not personalised: better than no prefix, but not better than both of these. "
+    "No effect: neither harmful nor better than both of these nor better than no prefix. "
+    "Not judged: fewer than two users; or not harmful, and one of the arms e2p, random, static and none is missing. "
+    "Not valid: a leak check fired, and the audit was told to go on."
 )
 _CHUNK = 2_000_000  # user draws held at once in the bootstrap: 16 MB
 
@@ -53,16 +70,16 @@ class Bootstrap(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against another on the same examples. Negative differences: ``arm`` is better.
+    """One arm against another on the same examples. Where lower is better, a negative difference is a gain.
 
     Args:
         name: such as ``true minus random``; ``true`` is the arm ``e2p``.
         arm: the arm in question.
         against: its control.
         metric: what is compared, per example.
-        difference: mean over examples of the per-example difference (nats per token).
-        corpus_difference: the same weighted by tokens: difference of the arms' corpus nats per token, so that
-            exp of it is the ratio of their perplexities.
+        difference: mean over examples of the per-example difference, itself a mean over the training seeds.
+        corpus_difference: of nats per token, the same weighted by tokens: difference of the arms' corpus nats per
+            token, so that exp of it is the ratio of their perplexities. Of other metrics, the difference.
         ci: 95% interval of ``difference``, bootstrap over users; None with fewer than two users.
         p_ttest: the paper's test, a paired two-sided t over examples (ignores that users repeat).
         p_clustered: t with a user-clustered (CR1) standard error and users - 1 degrees of freedom.
@@ -70,8 +87,10 @@ class Comparison:
         effect_size: Cohen's d_z, mean difference / its standard deviation over examples; 0 without variance.
         examples: number of pairs.
         users: number of clusters.
-        p_holm: ``p_clustered`` adjusted by Holm for all comparisons of the run.
-        verdict: ``better``, ``worse``, ``no difference`` (at ``p_holm`` < 0.05), or ``too few users``.
+        p_holm: ``p_clustered`` adjusted by Holm for all comparisons of the metric.
+        verdict: ``better``, ``worse`` (at ``p_holm`` < 0.05), ``no difference``, or ``too few users``.
+        by_seed: mean difference of each training seed.
+        seed_std: standard deviation of ``by_seed`` (n - 1); 0 for one seed.
     """
 
     name: str
@@ -89,38 +108,50 @@ class Comparison:
     users: int
     p_holm: float
     verdict: str
+    by_seed: tuple[float, ...] = ()
+    seed_std: float = 0.0
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
         """Read back what ``dataclasses.asdict`` and JSON made of it. Raises DataError for a missing key."""
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in values]
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
         if missing:
             raise DataError(f"comparison: missing {', '.join(missing)}")
-        ci = values["ci"]
-        return cls(**{name: values[name] for name in names} | {"ci": None if ci is None else (ci[0], ci[1])})
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        known["ci"] = None if known["ci"] is None else tuple(known["ci"])
+        return cls(**known | {"by_seed": tuple(known.get("by_seed") or ())})
 
 
 def compare(
-    wide: pl.DataFrame, resamples: int = 10_000, seed: int = 42, metric: str = "nats_per_token"
+    wide: pl.DataFrame,
+    resamples: int = 10_000,
+    seed: int = 42,
+    metric: str = "nats_per_token",
+    better: Direction = "lower",
+    seeds: Sequence[pl.DataFrame] = (),
 ) -> list[Comparison]:
-    """All of :data:`COMPARISONS` for which both arms exist, in that order.
+    """All of :data:`COMPARISONS` for which both arms exist, in that order, then e2p against arms not known here.
 
     Args:
-        wide: of :func:`e2p.evaluation.metrics.per_example`: ``user_id``, one column per arm, lower is better;
-            ``tokens``, if there, are the weights of ``corpus_difference``.
+        wide: of :func:`e2p.evaluation.metrics.per_example`: ``user_id``, one column per arm, ``tokens`` if there are.
+            With several training seeds, their mean.
         resamples: bootstrap resamples of the users, the same ones for every comparison.
         seed: seed of the resamples.
         metric: name of what ``wide`` holds.
+        better: whether lower or higher values of it are better.
+        seeds: the same table of each training seed, for the spread over seeds; none: ``wide`` is the only one.
     """
     if wide.is_empty():
         raise DataError("comparisons: no examples")
-    present = [entry for entry in COMPARISONS if entry[1] in wide.columns and entry[2] in wide.columns]
+    arms = [name for name in wide.columns if name not in ("example_id", "user_id", "tokens")]
+    others = [(f"true minus {arm}", "e2p", arm) for arm in arms if arm not in ARMS]
+    present = [entry for entry in (*COMPARISONS, *others) if entry[1] in arms and entry[2] in arms]
     if not present:
         return []
     clusters = wide["user_id"].to_numpy()
     users = wide["user_id"].n_unique()
-    weights = wide["tokens"].to_numpy().astype(float) if "tokens" in wide.columns else np.ones(wide.height)
+    weighted = metric == "nats_per_token" and "tokens" in wide.columns
+    weights = wide["tokens"].to_numpy().astype(float) if weighted else np.ones(wide.height)
     values = {arm: wide[arm].to_numpy().astype(float) for _, *pair in present for arm in pair}
     differences = np.column_stack([values[arm] - values[against] for _, arm, against in present])
     resampled = _resampled_means(differences, clusters, resamples, seed)
@@ -131,6 +162,7 @@ def compare(
         difference = differences[:, index]
         mean = float(difference.mean())
         spread = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
+        by_seed = [float((one[arm] - one[against]).to_numpy().mean()) for one in seeds or (wide,)]
         found.append(
             Comparison(
                 name=name,
@@ -147,37 +179,50 @@ def compare(
                 examples=wide.height,
                 users=users,
                 p_holm=p_holm,
-                verdict=_word(mean, p_holm, users),
+                verdict=_word(mean if better == "lower" else -mean, p_holm, users),
+                by_seed=tuple(by_seed),
+                seed_std=float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else 0.0,
             )
         )
     return found
 
 
-def verdict(comparisons: Sequence[Comparison]) -> str:
-    """One plain line: did the user's vector matter?
+def verdict(comparisons: Sequence[Comparison], fired: Sequence[str] = ()) -> str:
+    """One plain line, by :data:`RULE`: did the user's vector matter?
 
-    Personalised means better than a random user's vector *and* better than one static token, both with Holm's
-    p < 0.05: the first says that phi listens to the user, the second that this beats plain prompt tuning.
+    Args:
+        comparisons: of :func:`compare`.
+        fired: names of the leak checks that fired.
     """
-    words = {c.against: c.verdict for c in comparisons if c.arm == "e2p"}
+    decisive = {c.against: c for c in comparisons if c.arm == "e2p" and c.against in CONTROLS}
+    line = _judged({c.against: c.verdict for c in comparisons if c.arm == "e2p"})
+    torn = [c.name for c in decisive.values() if c.by_seed and min(c.by_seed) < 0 < max(c.by_seed)]
+    if torn:
+        line += f"; the seeds disagree in sign on {' and '.join(torn)}"
+    return f"not valid: {' and '.join(fired)} (allowed); otherwise {line}" if fired else line
+
+
+def _judged(words: Mapping[str, str]) -> str:
+    """The verdict from the word on every control."""
     if not words:
         return "not judged: the arm e2p or all of its controls are missing"
     if "too few users" in words.values():
         return "not judged: a test needs two users at least"
     if words.get("none") == "worse":
         return "harmful: worse than no prefix"
-    missing = [arm for arm in ("random", "static") if arm not in words]
+    missing = [arm for arm in CONTROLS if arm not in words]
     if missing:
-        seen = {"better": "; better than no prefix", "no difference": "; no better than no prefix"}
-        return f"not judged: no control {' and '.join(missing)}{seen.get(words.get('none', ''), '')}"
-    controls = {"random": "a random user's vector", "static": "one static token"}
-    lost = " or ".join(text for arm, text in controls.items() if words[arm] != "better")
+        seen = [
+            f"{'' if words[arm] == 'better' else 'no '}better than {CONTROLS[arm]}" for arm in CONTROLS if arm in words
+        ]
+        return "; ".join([f"not judged: no control {' and '.join(missing)}", *seen])
+    lost = " or ".join(CONTROLS[arm] for arm in ("random", "static") if words[arm] != "better")
     if not lost:
-        doubt = "" if words.get("none", "better") == "better" else ", but no better than no prefix"
+        doubt = "" if words["none"] == "better" else ", but no better than no prefix"
         return f"personalised: better than a random user's vector and than one static token{doubt}"
-    if words.get("none") == "better":
+    if words["none"] == "better":
         return f"conditioned but not personalised: better than no prefix, no better than {lost}"
-    return f"no effect: no better than {lost}" + (" or no prefix" if "none" in words else "")
+    return f"no effect: no better than {lost} or no prefix"
 
 
 def require_tests(users: Sequence[str] | NDArray[Any]) -> None:

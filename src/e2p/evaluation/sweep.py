@@ -177,15 +177,19 @@ def run_sweep(config: SweepConfig, console: Console | None = None) -> dict[str, 
         if sources not in contents:  # changed tables are another experiment
             contents[sources] = "".join(content_key(source) for source in sources)
         wanted.append((point.id(contents[sources]), point))
-    missing = {name: point for name, point in wanted if name not in done}
+    missing: dict[str, Point] = {}
+    for name, point in wanted:
+        if name not in done:
+            missing.setdefault(name, point)
     loaded: tuple[BackboneConfig, FrozenBackbone] | None = None
     for number, (name, point) in enumerate(missing.items(), 1):
         if console is not None:
             console.rule(f"{number} of {len(missing)}: {point.key} {'' if point.value is None else point.value}")
         try:
             if loaded is None or loaded[0] != point.config.backbone:
-                loaded = point.config.backbone, FrozenBackbone.load(
-                    point.config.backbone, point.config.training.precision
+                loaded = (
+                    point.config.backbone,
+                    FrozenBackbone.load(point.config.backbone, point.config.training.precision),
                 )
             result = run_point(point, loaded[1], folder / "runs" / name, console)
         except E2PError as error:
@@ -203,9 +207,9 @@ def run_sweep(config: SweepConfig, console: Console | None = None) -> dict[str, 
 def run_point(point: Point, backbone: FrozenBackbone, folder: Path, console: Console | None) -> dict[str, Any]:
     """Train one point and judge it on the validation part; returns its figures, in nats per token.
 
-    ``prefix``, ``none``, ``random`` (vectors exchanged among the validation users) and ``null`` are over all tokens
-    together; ``true_minus_random`` is a mean over examples, as in the audit, with a bootstrap over users and a t-test
-    clustered by user.
+    ``prefix``, ``none`` and ``random`` (vectors exchanged among the validation users) are over all tokens together;
+    ``true_minus_random`` is a mean over examples, as in the audit, with a bootstrap over users and a t-test clustered
+    by user.
     """
     config = replace(point.config, output=str(folder))
     tables = join_tables(config.data)
@@ -221,7 +225,7 @@ def run_point(point: Point, backbone: FrozenBackbone, folder: Path, console: Con
     shutil.rmtree(arm_folder(folder, point.arm) / "checkpoints")
     budget = config.training.tokens_per_pass
     held_out = inputs.examples("validation")
-    own, tokens = _nats(model, held_out, budget)
+    own, tokens = example_nats(model, held_out, budget)
     result = {
         "steps": record["steps"],
         "best_step": record["best_step"],
@@ -244,34 +248,31 @@ def _against_others(
     config: RunConfig,
 ) -> dict[str, Any]:
     rows, users = inputs.rows("validation"), inputs.keys["user_id"].to_numpy()
-    nobody = np.full(len(inputs.keys), -1, np.int64)
     exchanged = deal(inputs, rows, [config.evaluation.seed, 3])
-    other, _ = _nats(model, inputs.examples("validation", vector_rows=exchanged), budget)
-    null, _ = _nats(model, inputs.examples("validation", vector_rows=nobody), budget)
+    other, _ = example_nats(model, inputs.examples("validation", vector_rows=exchanged), budget)
     difference = (own - other) / tokens
     interval = cluster_bootstrap(difference, users[rows], config.evaluation.resamples, config.evaluation.seed)
     return {
         "random": float(other.sum() / tokens.sum()),
-        "null": float(null.sum() / tokens.sum()) if config.projector.null_prob else None,
         "true_minus_random": interval.mean,
         "ci": [interval.low, interval.high],
         "p": clustered_t(difference, users[rows]).p,
     }
 
 
-def _nats(
-    model: E2PModel, examples: Examples, budget: int
+def example_nats(
+    model: E2PModel, examples: Examples, budget: int, use_prefix: bool = True
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Negative log-likelihood and labelled tokens of every example, in the order of its rows."""
     nats = np.zeros(len(examples.tokens))
-    for batch, logprobs in score_batches(model, examples, budget):
+    for batch, logprobs in score_batches(model, examples, budget, use_prefix):
         parts = logprobs.double().cpu().split(batch.completion_lengths.tolist())
         nats[batch.index.numpy()] = [-float(part.sum()) for part in parts]
     return nats[examples.rows], examples.tokens.completion_lengths[examples.rows].astype(np.float64)
 
 
 def _finished(log: Path) -> dict[str, dict[str, Any]]:
-    """Points that an earlier call has finished; a line that a kill has cut short is left out, a failed one tried anew."""
+    """Points that an earlier call has finished, without a line that a kill has cut short and without what failed."""
     found: dict[str, dict[str, Any]] = {}
     if not log.exists():
         return found

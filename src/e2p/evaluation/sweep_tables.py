@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from e2p.evaluation.aggregate import interval, p_value, signed
-
+from e2p.evaluation.curves import draw_sweep
 from e2p.provenance import provenance
 
 FORMAT = 1
-_MEANS = ("prefix", "none", "random", "null", "true_minus_random", "seconds")
+_MEANS = ("prefix", "none", "random", "true_minus_random", "seconds")
 _HEADINGS = (
     "value", "nats per token", "static", "true minus static", "another user's vector", "true minus random",
     "95% interval", "p", "seeds",
@@ -41,7 +41,7 @@ def write_summary(folder: Path, base: Mapping[str, Any], entries: Sequence[Entry
         entries: every point.
 
     Returns:
-        ``tables``: setting -> rows of ``value``, means over seeds of ``prefix``, ``none``, ``random``, ``null``,
+        ``tables``: setting -> rows of ``value``, means over seeds of ``prefix``, ``none``, ``random``,
         ``true_minus_random`` (nats per token) and, where the static control was trained, ``static`` and
         ``true_minus_static``; ``ci``: hull of the seeds' intervals; ``p``: the largest; ``base``: whether it is the
         value that all other tables have; ``failed``: messages of the points that failed.
@@ -74,8 +74,6 @@ def write_summary(folder: Path, base: Mapping[str, Any], entries: Sequence[Entry
     (folder / "sweep.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     flat = [{"setting": key, **_flat(row)} for key, rows in tables.items() for row in rows]
     pl.DataFrame(flat, infer_schema_length=None).write_csv(folder / "sweep.csv")
-    from e2p.evaluation.figures import draw_sweep
-
     pictures = {}
     for key, rows in tables.items():
         drawn = [row for row in rows if row["prefix"] is not None]

@@ -164,9 +164,9 @@ class FrozenBackbone(nn.Module):
         tokens stand right before the completion, the prompt depends on no trained weight: it runs without gradient
         and once for all rows that share it.
         """
+        hidden, labels = self.completion_states(batch, prefix)
         with self._autocast():
-            labels = batch.completion[_within(batch.completion_lengths, batch.completion.shape[1])]
-            return label_logprobs(self._completion_hidden(batch, prefix), labels, self.head)
+            return label_logprobs(hidden, labels, self.head)
 
     def distilled_logprobs(
         self, batch: Batch, prefix: Float[Tensor, "b k h"], teacher: Batch
@@ -179,22 +179,25 @@ class FrozenBackbone(nn.Module):
             prefix: their soft tokens.
             teacher: the same completions after other prompts, row by row.
         """
+        with torch.no_grad():
+            target, _ = self.completion_states(teacher, None)
+        hidden, labels = self.completion_states(batch, prefix)
         with self._autocast():
-            with torch.no_grad():
-                target = self._completion_hidden(teacher, None)
-            hidden = self._completion_hidden(batch, prefix)
-            labels = batch.completion[_within(batch.completion_lengths, batch.completion.shape[1])]
             return label_logprobs(hidden, labels, self.head), divergence(hidden, target, self.head)
 
-    def _completion_hidden(self, batch: Batch, prefix: Tensor | None) -> Tensor:
-        """Hidden states that predict each completion token, row after row [n, H]."""
+    def completion_states(
+        self, batch: Batch, prefix: Float[Tensor, "b k h"] | None
+    ) -> tuple[Float[Tensor, "n h"], Int[Tensor, "n"]]:
+        """Last hidden states that predict each completion token, row after row, and these tokens."""
         late = prefix is not None and bool((batch.splice == batch.prompt_lengths).all())
-        if late and self.share_prompts and not self._checkpointing:
-            assert prefix is not None
-            hidden = self._after_shared_prompt(batch, prefix)
-        else:
-            hidden = self._whole_sequence(batch, prefix)
-        return hidden[_within(batch.completion_lengths, batch.completion.shape[1])]
+        with self._autocast():
+            if late and self.share_prompts and not self._checkpointing:
+                assert prefix is not None
+                hidden = self._after_shared_prompt(batch, prefix)
+            else:
+                hidden = self._whole_sequence(batch, prefix)
+        labelled = _within(batch.completion_lengths, batch.completion.shape[1])
+        return hidden[labelled], batch.completion[labelled]
 
     def _whole_sequence(self, batch: Batch, prefix: Tensor | None) -> Tensor:
         """Hidden states [B, C, H] that predict each completion token, from one pass over everything."""

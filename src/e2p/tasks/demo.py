@@ -16,7 +16,8 @@ from e2p.config import BackboneConfig, DataConfig, EvaluationConfig, ProjectorCo
 from e2p.data.sources import cache_root
 from e2p.data.tables import require_folder, write_frame
 from e2p.errors import RunError
-from e2p.evaluation.audit import judge, write_results
+from e2p.evaluation.audit import write_results
+from e2p.evaluation.judge import judge
 from e2p.evaluation.metrics import per_example
 from e2p.evaluation.report import console_tables, write_report
 from e2p.model.e2p import E2PModel

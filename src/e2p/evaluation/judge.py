@@ -1,0 +1,344 @@
+"""A run's arms scored on its test examples: the part of the audit that needs the model. Trains what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from e2p.config import RunConfig, load_yaml, to_dict
+from e2p.data.sources import cache_root
+from e2p.data.tables import example_batches, write_frame
+from e2p.data.templates import Prompt
+from e2p.data.tokenised import TokenisedExamples, tokenise
+from e2p.errors import DataError, E2PError, RunError
+from e2p.evaluation.arms import build_arms, score_arm, without_prompt_arms
+from e2p.evaluation.audit import (
+    ABOUT,
+    COVARIATES,
+    FORMAT,
+    SCORES,
+    audit,
+    flat,
+    load_scored,
+    read_about,
+    write_json,
+    write_results,
+)
+from e2p.evaluation.breakdowns import covariates
+from e2p.evaluation.leaks import check_leaks
+from e2p.evaluation.significance import require_tests
+from e2p.evaluation.space import describe_prefix, describe_space
+from e2p.model.adapter import CONFIG
+from e2p.model.backbone import FrozenBackbone
+from e2p.model.e2p import E2PModel, text_encoder
+from e2p.provenance import provenance
+from e2p.training.inputs import RunInputs, load_inputs
+from e2p.training.run import (
+    arm_folder,
+    check_inputs,
+    is_useless,
+    prepare_folder,
+    train_arm,
+    warn_useless,
+    with_seed,
+)
+
+
+def judge(
+    run: str | Path,
+    console: Console | None = None,
+    extra: Mapping[str, Any] | None = None,
+    allow_leaks: bool = False,
+) -> dict[str, Any]:
+    """Score all arms of a run on its test examples and audit them; writes scores and ``results.json``.
+
+    Args:
+        run: run folder with ``config.yaml`` and ``adapter/``.
+        console: where progress is shown; None: nowhere.
+        extra: texts that go into the report as they are.
+        allow_leaks: go on where a leak check fires; the verdict then says so.
+
+    Raises:
+        RunError, DataError: as :func:`score`.
+    """
+    folder = Path(run)
+    score(folder, console, extra, allow_leaks)
+    results = audit(load_scored(folder))
+    write_results(folder, results)
+    return results
+
+
+def score(
+    folder: Path,
+    console: Console | None = None,
+    extra: Mapping[str, Any] | None = None,
+    allow_leaks: bool = False,
+    backbone: FrozenBackbone | None = None,
+) -> None:
+    """Train a run's missing controls and score its arms; writes ``scores.parquet``, ``covariates.parquet`` and, last,
+    ``scored.json``: training records, samples, leak checks and warnings. Arguments as of :func:`judge`; ``backbone``
+    is the run's, if it is loaded already.
+
+    Raises:
+        RunError: the folder holds no finished training, or was trained on other tables.
+        DataError: the embedding table's version is not the one trained with, or a leak check fires.
+    """
+    config = run_config(folder)
+    backbone = backbone or FrozenBackbone.load(config.backbone, config.training.precision)
+    e2p = E2PModel.from_pretrained(folder / "adapter", backbone)
+    inputs = load_inputs(config.data, e2p.encoder, e2p.projector.config.position)
+    _check_vectors(config, e2p, inputs)
+    check_inputs(folder, "e2p", inputs)
+    # Before controls are trained: what cannot be tested, and what would not be worth anything.
+    require_tests(inputs.keys["user_id"].to_numpy()[inputs.rows("test")])
+    leaks = [dataclasses.asdict(check) for check in check_leaks(inputs, config.data.examples)]
+    refuse_leaks(folder, leaks, allow_leaks)
+    names, profiled, warnings = _possible_arms(config, e2p, inputs)
+    models = {"e2p": e2p}
+    for arm in ("static", "shuffled"):
+        if arm in names:
+            models[arm] = _control(config, backbone, inputs, arm, folder, console)
+    arms = build_arms(names, models, inputs, profiled, config.evaluation.seed, config.training.seed)
+    with _bars(console) as bars:
+        scores = pl.concat([score_arm(arm, inputs, config.training.tokens_per_pass, bars) for arm in arms])
+    training = {arm: _training_record(folder, arm) for arm in models}
+    judged = training["e2p"]["validation"]
+    if is_useless(judged):
+        warnings.append("On validation data the prefix is worse than no prefix. Do not serve this adapter.")
+        if console:
+            warn_useless(console, judged)
+    seed = config.evaluation.seed
+    drawn: dict[str, Any] = {}
+    for part, title, draw in (
+        ("samples", "sample answers", lambda: _samples(config, e2p, inputs)),
+        ("space", "map of the users", lambda: describe_space(e2p, inputs, folder, seed)),
+        ("prefix", "description of the prefix", lambda: describe_prefix(e2p, inputs, seed)),
+    ):
+        try:
+            drawn[part] = draw()
+        except (E2PError, RuntimeError) as error:  # an illustration must not cost what has been judged
+            warnings.append(f"No {title}: {' '.join(str(error).split())}")
+    (folder / ABOUT).unlink(missing_ok=True)  # older scores' must not stand beside new ones
+    write_frame(folder / SCORES, scores)
+    write_frame(folder / COVARIATES, covariates(inputs))
+    about = {
+        "format": FORMAT,
+        "task": Path(config.data.examples).parent.name,
+        "provenance": provenance(),
+        "seed": config.training.seed,
+        "config": to_dict(config),
+        "inputs": inputs.identity(),
+        "data": dict(inputs.counts),
+        "training": training,
+        "leaks": leaks,
+        "extra": dict(extra or {}),
+        "warnings": warnings,
+        **drawn,
+    }
+    write_json(folder / ABOUT, about)
+
+
+def run_config(folder: Path) -> RunConfig:
+    """The settings of a trained run. Raises RunError if the folder holds no finished training."""
+    if not (folder / "config.yaml").is_file() or not (folder / "adapter" / CONFIG).is_file():
+        raise RunError(f"{folder}: expected a run with config.yaml and adapter/, found none; run e2p train first")
+    return load_yaml(folder / "config.yaml")
+
+
+def is_scored(folder: Path) -> bool:
+    """Whether a run has been scored to the end with the settings that it has now."""
+    about = read_about(folder)
+    if about is None or about.get("format") != FORMAT or not (folder / SCORES).is_file():
+        return False
+    return bool(about.get("config") == to_dict(run_config(folder)))
+
+
+def refuse_leaks(folder: Path, leaks: Iterable[Mapping[str, Any]], allowed: bool) -> None:
+    """Stop where a leak check has fired, unless told to go on. Raises DataError with what was found."""
+    fired = [f"{check['name']}: {check['found']}" for check in leaks if check["fired"]]
+    if fired and not allowed:
+        raise DataError(f"{folder}: {'; '.join(fired)}; pass --allow_leaks to go on; the report will say so")
+
+
+def score_seeds(
+    run: Path, seeds: Iterable[int], console: Console | None = None, allow_leaks: bool = False
+) -> list[Path]:
+    """Train and score a run with other training seeds too, each in ``<run>/seeds/<seed>``; resumable.
+
+    Args:
+        run: a trained run. It is scored as well, if that has not been done with its settings.
+        seeds: training seeds; the run's own one is always among them.
+        console: where progress is shown; None: nowhere.
+        allow_leaks: go on where a leak check fires.
+
+    Returns:
+        The run folders, the run itself first. What is finished is not done again.
+
+    Raises:
+        RunError, DataError: as :func:`score`; or a seed's folder holds a run with other settings.
+    """
+    config = run_config(run)
+    others = [seed for seed in dict.fromkeys(seeds) if seed != config.training.seed]
+    folders = [run / "seeds" / str(seed) for seed in others]
+    for folder, seed in zip(folders, others, strict=True):
+        _check_settings(folder, with_seed(config, seed, str(folder)))  # of all, before any long work
+    backbone: FrozenBackbone | None = None
+    for folder, seed in zip([run, *folders], [config.training.seed, *others], strict=True):
+        trained = (folder / "adapter" / CONFIG).is_file()
+        if trained and is_scored(folder):
+            refuse_leaks(folder, (read_about(folder) or {}).get("leaks") or (), allow_leaks)
+            continue
+        backbone = backbone or FrozenBackbone.load(config.backbone, config.training.precision)
+        if not trained:
+            one, started = with_seed(config, seed, str(folder)), (folder / "config.yaml").is_file()
+            encoder = text_encoder(backbone, one.data, one.projector.prefix_tokens)
+            inputs = load_inputs(one.data, encoder, one.projector.position)
+            if not started:
+                prepare_folder(one, overwrite=False, resume=False)
+            train_arm(one, backbone, inputs, "e2p", folder, console, resume=started)
+        score(folder, console, None, allow_leaks, backbone)
+    return [run, *folders]
+
+
+def _check_settings(folder: Path, wanted: RunConfig) -> None:
+    """Raises RunError if a seed's folder holds a run with other settings."""
+    if not (folder / "config.yaml").is_file():
+        return
+    here, there = flat(to_dict(load_yaml(folder / "config.yaml"))), flat(to_dict(wanted))
+    differs = [name for name in there if here.get(name) != there[name] and name != "output"]  # it may have been moved
+    if differs:
+        raise RunError(
+            f"{folder}: expected the run's settings with another seed, got other {', '.join(differs)}; delete the "
+            "folder, or put the settings back"
+        )
+
+
+def _check_vectors(config: RunConfig, e2p: E2PModel, inputs: RunInputs) -> None:
+    if inputs.embeddings.versions != e2p.embedding_versions:
+        trained, here = (", ".join(v) or "(not named)" for v in (e2p.embedding_versions, inputs.embeddings.versions))
+        raise DataError(
+            f"{config.data.embeddings}: expected vectors of version {trained}, which the adapter was trained with, "
+            f"got {here}"
+        )
+    if inputs.embeddings.dim != e2p.projector.embedding_dim:
+        raise DataError(
+            f"{config.data.embeddings}: expected vectors of {e2p.projector.embedding_dim} numbers, got "
+            f"{inputs.embeddings.dim}; name the table that the adapter was trained with"
+        )
+
+
+def _possible_arms(
+    config: RunConfig, e2p: E2PModel, inputs: RunInputs
+) -> tuple[tuple[str, ...], TokenisedExamples | None, list[str]]:
+    """The arms asked for that these tables and this adapter allow, examples with profiles, and what is left out why."""
+    names, warnings = config.evaluation.arms, []
+    if "null" in names and not e2p.projector.config.null_prob and not inputs.counts["null_user_without_vector"]:
+        names = tuple(name for name in names if name != "null")
+        warnings.append("The arm null is left out: with projector.null_prob 0 the null user has not been trained.")
+    profiled, why = None, ""
+    if names != without_prompt_arms(names):
+        if _has_profiles(config.data.examples):
+            try:
+                cache = cache_root(config.data.cache_dir)
+                profiled = tokenise(config.data.examples, e2p.encoder, cache, with_profile=True)
+            except DataError as error:
+                why = str(error)
+        else:
+            why = "not every example has a profile text"
+    if why:
+        names = without_prompt_arms(names)
+        warnings.append(f"The arms prompt and e2p+prompt are left out: {why}.")
+    if profiled is not None:
+        test = inputs.rows("test")
+        cut = int((profiled.column("cut_prompt")[test] > inputs.tokens.column("cut_prompt")[test]).sum())
+        if cut:
+            warnings.append(
+                f"In the arms with a profile text, {cut:,} of {len(test):,} prompts lost older turns to make room "
+                "for it (data.max_prompt_tokens)."
+            )
+    return names, profiled, warnings
+
+
+def _control(
+    config: RunConfig, backbone: FrozenBackbone, inputs: RunInputs, arm: str, folder: Path, console: Console | None
+) -> E2PModel:
+    if (arm_folder(folder, arm) / "adapter" / CONFIG).is_file():
+        check_inputs(folder, arm, inputs)
+        return E2PModel.from_pretrained(arm_folder(folder, arm) / "adapter", backbone)
+    return train_arm(config, backbone, inputs, arm, folder, console, resume=True)[0]  # an interrupted one goes on
+
+
+def _training_record(folder: Path, arm: str) -> dict[str, Any]:
+    path = arm_folder(folder, arm) / "training.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: expected the record of a training, got: {error}; train again") from None
+
+
+def _has_profiles(source: str) -> bool:
+    return all(
+        frame["profile"].null_count() == 0 and (frame["profile"] != "").all() for frame in example_batches(source)
+    )
+
+
+def _samples(config: RunConfig, model: E2PModel, inputs: RunInputs) -> list[dict[str, Any]]:
+    """The first test example's prompt, answered by the bare backbone and for a few test users."""
+    rows = inputs.rows("test")
+    random = np.random.default_rng([config.evaluation.seed, 4])
+    users = inputs.keys["user_id"].to_numpy()
+    _, firsts = np.unique(users[rows], return_index=True)
+    count = min(config.evaluation.samples, len(firsts))
+    if not count:
+        return []
+    chosen = rows[np.sort(random.choice(firsts, count, replace=False))]
+    wanted = _texts(config.data.examples, {int(row) for row in (rows[0], *chosen)})
+    first = wanted[int(rows[0])]
+    prompt = first["messages"] or first["prompt"]
+    which = inputs.vector_rows[chosen]
+    vectors = [inputs.embeddings.vectors[row] if row >= 0 else None for row in which]
+    length = _room(config, model, prompt)
+    plain = model.generate([prompt], use_prefix=False, max_new_tokens=length, do_sample=False)[0]
+    personal = model.generate([prompt] * count, vectors, max_new_tokens=length, do_sample=False)
+    answers = [{"user_id": "", "profile": None, "arm": "none", "text": plain}] + [
+        {"user_id": str(users[row]), "profile": wanted[int(row)]["profile"], "arm": "e2p", "text": text}
+        for row, text in zip(chosen, personal, strict=True)
+    ]
+    shown = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return [{"prompt": shown, "answers": answers}]
+
+
+def _room(config: RunConfig, model: E2PModel, prompt: Prompt) -> int:
+    """New tokens that are asked for, or that still fit in the backbone's window."""
+    asked, window = config.evaluation.max_new_tokens, model.backbone.window
+    taken = len(model.encoder.prompt(prompt).ids) + model.projector.config.prefix_tokens
+    return asked if window is None else max(1, min(asked, window - taken))
+
+
+def _texts(source: str, rows: set[int]) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for frame in example_batches(source):
+        for row in frame.filter(pl.col("row").is_in(list(rows))).iter_rows(named=True):
+            found[row["row"]] = row
+        if len(found) == len(rows):
+            break
+    return found
+
+
+def _bars(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=console is None,
+    )
