@@ -1,4 +1,4 @@
-"""Playlists on HetRec Last.fm 2k, LM objective: prepare, (search,) train, judge, over three seeds.
+"""Playlists on HetRec Last.fm 2k, LM objective: prepare, train, judge, over three seeds.
 
     python benchmarks/lastfm.py --data ../shared/data/lastfm_2k --backbone ../shared/backbone --work scratch/lastfm
 
@@ -12,24 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from seeds import run_seeds, search, write_results
+from seeds import run_seeds, write_results
 
-from e2p.config import BackboneConfig, ProjectorConfig, RunConfig, TrainingConfig, load_yaml
+from e2p.config import BackboneConfig, ObjectiveConfig, ProjectorConfig, RunConfig, TrainingConfig, load_yaml
 from e2p.tasks.music import prepare
-
-VARIANTS = {
-    "as chosen": {},
-    "lr 3e-3": {"training.learning_rate": 3e-3},
-    "lr 3e-2": {"training.learning_rate": 3e-2},
-    "no weight decay": {"training.weight_decay": 0.0},
-    "weight decay 1.0": {"training.weight_decay": 1.0},
-    "width 128": {"projector.hidden_dim": 128},
-    "norm paper": {"projector.norm": "paper"},
-    "after BOS": {"projector.position": "after_bos"},
-    "before BOS": {"projector.position": "before_bos"},
-    "4 soft tokens": {"projector.prefix_tokens": 4},
-    "static": {"arm": "static"},
-}
 
 
 def settings(tables: Path, backbone: str, output: Path) -> RunConfig:
@@ -61,20 +47,19 @@ def main() -> None:
     parser.add_argument("--out", default="results/lastfm.json", type=Path)
     parser.add_argument("--position", default="before_completion", help="another place for the soft token")
     parser.add_argument("--arms", nargs="+", help="fewer arms than all")
-    parser.add_argument("--search", action="store_true", help="search on validation data for one epoch, and stop")
+    parser.add_argument("--contrast", default=0.0, type=float, help="weight of the contrastive term")
     options = parser.parse_args()
     console = Console(stderr=True)
     tables = options.work / "tables"
     if not tables.exists():
         prepare(options.data, str(tables))
     config = settings(tables, options.backbone, options.work / "run")
-    if options.search:
-        short = replace(config, training=replace(config.training, epochs=1), output=str(options.work / "search"))
-        search(short, VARIANTS, options.work / "search.jsonl", console)
-        return
     if options.position != config.projector.position:
         config = replace(config, projector=replace(config.projector, position=options.position))
         config = replace(config, output=f"{config.output}-{options.position.replace('_', '-')}")
+    if options.contrast:
+        config = replace(config, objective=ObjectiveConfig(contrast=options.contrast))
+        config = replace(config, output=f"{config.output}-contrast-{options.contrast:g}")
     if options.arms:
         config = replace(config, evaluation=replace(config.evaluation, arms=tuple(options.arms)))
     results = run_seeds(config, options.seeds, console)

@@ -1,4 +1,4 @@
-"""Next answers on Persona-Chat, with two kinds of user vectors: prepare, (search,) train, judge, over three seeds.
+"""Next answers on Persona-Chat, with two kinds of user vectors: prepare, train, judge, over three seeds.
 
     python benchmarks/personachat.py --data ../shared/data/persona_chat/train_self_original_no_cands.txt \
         --backbone ../shared/backbone --work scratch/personachat
@@ -13,22 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from seeds import run_seeds, search, write_results
+from seeds import run_seeds, write_results
 
 from e2p.config import BackboneConfig, ProjectorConfig, RunConfig, TrainingConfig, load_yaml
 from e2p.tasks.personachat import prepare
 from e2p.users.extract import embed
-
-VARIANTS = {
-    "as chosen": {},
-    "lr 3e-3": {"training.learning_rate": 3e-3},
-    "lr 3e-2": {"training.learning_rate": 3e-2},
-    "user scale 0.1": {"projector.user_scale": 0.1},
-    "norm paper": {"projector.norm": "paper"},
-    "after BOS": {"projector.position": "after_bos"},
-    "4 soft tokens": {"projector.prefix_tokens": 4},
-    "static": {"arm": "static"},
-}
 
 
 def settings(tables: Path, embeddings: Path, backbone: str, output: Path) -> RunConfig:
@@ -54,7 +43,6 @@ def main() -> None:
     parser.add_argument("--work", default="scratch/personachat", type=Path)
     parser.add_argument("--seeds", default=[42, 43, 44], type=int, nargs="+")
     parser.add_argument("--out", default="results/personachat.json", type=Path)
-    parser.add_argument("--search", action="store_true", help="search on validation data for one epoch, and stop")
     options = parser.parse_args()
     console = Console(stderr=True)
     tables = options.work / "tables"
@@ -63,15 +51,6 @@ def main() -> None:
     vectors = {"minilm": tables / "embeddings.parquet", "hidden states": options.work / "hidden_states.parquet"}
     if not vectors["hidden states"].exists():
         embed(str(tables / "profiles.parquet"), options.backbone, str(vectors["hidden states"]), pooling="mean")
-    if options.search:
-        config = settings(tables, vectors["minilm"], options.backbone, options.work / "search")
-        search(
-            replace(config, training=replace(config.training, epochs=1)),
-            VARIANTS,
-            options.work / "search.jsonl",
-            console,
-        )
-        return
     # The static token sees no vectors, so the second experiment's is copied from the first.
     static_from = {"hidden states": str(options.work / "run-minilm")}
     experiments = {}

@@ -265,9 +265,7 @@ def test_a_leak_stops_the_judging_before_controls_are_trained(
     torn = pl.when(pl.col("example_id") == "e0-1").then(pl.lit("test")).otherwise("split")
     examples_frame().with_columns(split=torn, group="example_id").write_parquet(config.data.examples)
     train(config)
-    with pytest.raises(
-        DataError, match=r"run: Test users in training: 1 of 5 .*pass --allow_leaks to go on;"
-    ):
+    with pytest.raises(DataError, match=r"run: Test users in training: 1 of 5 .*pass --allow_leaks to go on;"):
         judge(config.output)
     assert not (Path(config.output) / "controls").exists()
     results = judge(config.output, allow_leaks=True)

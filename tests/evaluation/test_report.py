@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,7 @@ def make_full_results() -> tuple[dict[str, Any], pl.DataFrame, pl.DataFrame]:
     """Results of format 2 with all there is: two seeds, another metric, breakdowns, leak checks, space, prefix."""
     results, scores = make_results()
     wide = per_example(scores)
-    other = scores.with_columns(pl.when(pl.col("arm") == "e2p").then(pl.col("value") * 1.01).otherwise("value"))
-    compared = compare(wide, 200, seeds=[wide, per_example(other)])
+    compared = compare(wide, 200, seeds=[wide, wide.with_columns(e2p=pl.col("e2p") * 1.01)])
     rouge = wide.drop("tokens")
     bins = [{"label": f"{EVIL} {n}", "low": n, "high": n + 1.0, "examples": 1200, "users": 7, "difference": -0.25,
              "ci": [-0.5, 0.1] if n else None} for n in range(3)]  # fmt: skip
@@ -217,7 +217,7 @@ def test_the_order_of_the_page(run: Path, name: str) -> None:
     text = text_of(run, name)
     text = text[text.find("<main") :] if name.endswith("html") else text
     marks = ["personalised", "2 training seeds (42, 43)", "The verdict rests on three comparisons", "alert("]
-    marks += ["4.0", "What makes the difference", "Gain by user", "Gain against context"]
+    marks += ["→", "What makes the difference", "Gain by user", "Gain against context"]
     marks += ["The same prompt for different users", "Comparisons", "true minus random", "true minus static"]
     marks += ["true minus none", "over all tokens together", "Arms", "ROUGE-L", "For whom it works", "1,200"]
     marks += ["Leak checks", "0 of 36", "More pictures", "Perplexity by arm", "Users before and after phi"]
@@ -247,9 +247,9 @@ def test_all_files_are_written(run: Path) -> None:
 
 
 def test_everything_a_run_holds_may_be_overwritten(run: Path) -> None:
-    from e2p.training.run import RUN_FILES
-
-    assert {path.name for path in run.iterdir()} <= RUN_FILES
+    source = resources.files("e2p.training").joinpath("run.py").read_text(encoding="utf-8")  # not imported: it is heavy
+    listed = re.findall(r'"([^"]+)"', source[source.index("RUN_FILES = ") : source.index("def train(")])
+    assert {path.name for path in run.iterdir()} <= set(listed)
 
 
 def test_markdown_cells_hold_one_line(run: Path) -> None:
@@ -257,7 +257,7 @@ def test_markdown_cells_hold_one_line(run: Path) -> None:
     assert "<script" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     for line in rows:
-        assert line.rstrip().endswith("|")
+        assert line.endswith("|")
     tables = [block for block in re.split(r"\n\n+", text) if block.startswith("|")]
     assert len(tables) >= 9
     for table in tables:
@@ -282,22 +282,32 @@ def test_results_of_format_1_still_have_their_report(old_run: Path) -> None:
 NEW = ["rule", "runs", "seeds", "metric", "other_metrics", "breakdowns", "leaks", "valid", "space", "prefix", "verdict"]
 
 
-@pytest.mark.parametrize("missing", [None, "absent"])
+PARTS = {
+    **{"rule": "The verdict rests on three comparisons", "runs": "runs a, b", "seeds": "2 training seeds"},
+    **{"other_metrics": "ROUGE-L", "breakdowns": "For whom it works", "leaks": "Leak checks"},
+    **{"space": "Users before and after phi", "prefix": "What the prefix resembles"},
+}
+
+
 @pytest.mark.parametrize("key", NEW)
-def test_a_missing_key_leaves_its_part_out(key: str, missing: str | None, tmp_path: Path) -> None:
+def test_a_missing_key_leaves_its_part_out(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results, scores, space = make_full_results()
-    results[key] = None
-    if missing:
-        del results[key]
-    space.write_parquet(write(tmp_path, results, scores) / "space.parquet")
+    space.write_parquet(write(tmp_path, results | {key: None}, scores) / "space.parquet")
+    parts = dict(PARTS)
+    if key not in ("breakdowns", "space", "prefix"):  # a second for what has no picture of its own
+        monkeypatch.setattr("e2p.evaluation.report.draw", lambda *_: [])
+        del parts["space"], parts["prefix"]
     assert write_report(tmp_path).startswith("personalised")
     text = text_of(tmp_path, "report.md")
-    parts = {
-        **{"rule": "The verdict rests on three comparisons", "runs": "runs a, b", "seeds": "2 training seeds"},
-        **{"other_metrics": "ROUGE-L", "breakdowns": "For whom it works", "leaks": "Leak checks"},
-        **{"space": "figures/space.png", "prefix": "figures/likeness.png"},
-    }
     assert {name for name, part in parts.items() if part not in text} == {key} & parts.keys()
+
+
+def test_a_run_without_all_that_format_2_has(tmp_path: Path) -> None:
+    results, scores, space = make_full_results()
+    bare = {key: value for key, value in results.items() if key not in NEW}
+    space.write_parquet(write(tmp_path, bare, scores) / "space.parquet")
+    assert write_report(tmp_path).startswith("personalised")
+    assert not [part for part in PARTS.values() if part in text_of(tmp_path, "report.html")]
 
 
 def test_a_leak_is_loud(tmp_path: Path) -> None:

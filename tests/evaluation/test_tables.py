@@ -188,7 +188,7 @@ def test_breakdown_leaks_and_likeness() -> None:
         {"name": "time", "fired": False, "found": "none", "examples": []},
     ]
     found = leak_table(leaks)
-    assert found.rows == [["overlap", "fired", "3 of 9", "a; b"], ["time", "passed", "none", ""]]
+    assert found.rows == [["overlap", "fired", "3 of 9", "a; b"], ["time", "not fired", "none", ""]]
     assert found.tones == ["bad", "good"]
     users = [{"user_id": "u1", "nearest": [{"token": " jazz", "cosine": 0.251}, {"token": "\n", "cosine": -0.1}]}]
     assert likeness_table({"users": users}).rows == [["u1", "·jazz 0.25, ↵ -0.10"]]

@@ -121,7 +121,10 @@ def test_contrast_widens_the_gap_between_own_and_another_users_vector(
 ) -> None:
     _, inputs = loaded
     gaps = []
-    for name, objective in (("plain", ObjectiveConfig()), ("contrast", ObjectiveConfig(contrast=1.0, contrast_margin=3.0))):
+    for name, objective in (
+        ("plain", ObjectiveConfig()),
+        ("contrast", ObjectiveConfig(contrast=1.0, contrast_margin=3.0)),
+    ):
         config = replace(with_training(base, epochs=8), objective=objective)
         model, _ = train_arm(config, *loaded, "e2p", tmp_path / name, None)
         rows = inputs.rows("validation")

@@ -129,7 +129,7 @@ def breakdown_table(breakdown: Mapping[str, Any], metric: Metric) -> Table:
 def leak_table(leaks: Sequence[Mapping[str, Any]]) -> Table:
     """Every leak check, whether it fired and what it found."""
     table = [
-        [str(leak["name"]), "fired" if leak["fired"] else "passed", str(leak["found"]), "; ".join(leak["examples"])]
+        [str(leak["name"]), "fired" if leak["fired"] else "not fired", str(leak["found"]), "; ".join(leak["examples"])]
         for leak in leaks
     ]
     tones = ["bad" if leak["fired"] else "good" for leak in leaks]
