@@ -18,6 +18,7 @@ from typing import Any
 
 from e2p.cli import COMMANDS, main, usage
 from e2p.evaluation.aggregate import interval, markdown_table, p_value, signed
+from e2p.evaluation.sweep_tables import table as sweep_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,8 +39,11 @@ BENCH_DATA = {"bench_train_lastfm": "Last.fm", "bench_train_personachat": "Perso
 EXPERIMENTS = {
     "lastfm": "Last.fm playlists",
     "lastfm_after_bos": "Last.fm playlists, soft token after BOS",
+    "lastfm_contrast": "Last.fm playlists, with the contrastive term",
     "personachat": "Persona-Chat answers",
 }
+
+SWEPT = {"lastfm": "Last.fm", "personachat": "Persona-Chat"}
 
 
 def experiments() -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
@@ -135,33 +139,71 @@ def speed_table() -> str:
     return "\n".join([*lines, "", "\n\n".join(sources), ""]) if sources else ""
 
 
-def search_table() -> str:
-    """docs/findings.md's tables from results/search.json: one epoch of every variant, judged on validation users."""
-    file = ROOT / "results" / "search.json"
+def sweep_tables(kind: str) -> str:
+    """docs/findings.md's tables from results/<kind>_<task>.json, as `e2p sweep` wrote them."""
+    parts, sources = [], []
+    for task, title in SWEPT.items():
+        file = ROOT / "results" / f"{kind}_{task}.json"
+        if not file.exists():
+            continue
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for key, rows in content["tables"].items():
+            none = next(row["none"] for row in rows if row["none"] is not None)
+            name = "" if key == "variants" else f", `{key}`"
+            parts.append(f"{title}{name}; {none:.3f} without prefix:\n\n{sweep_table(rows)}")
+        made = content["points"][0]["result"]["provenance"]
+        commits = ", ".join(str(commit)[:10] for commit, _ in content["provenance"]["points_made_at"])
+        sources.append(
+            f"`{made['command']}`, commit {commits}, {hardware(made)}, seed {content['seeds'][0]}: "
+            f"[results/{file.name}](../results/{file.name})."
+        )
+    return "\n".join([*parts, *sources, ""]) if parts else ""
+
+
+def why_table() -> str:
+    """docs/findings.md's figures from results/personachat_why.json."""
+    file = ROOT / "results" / "personachat_why.json"
     if not file.exists():
         return ""
     content = json.loads(file.read_text(encoding="utf-8"))
-    parts = []
-    for task, entries in content["searches"].items():
-        none = entries[0]["none"]
-        lines = [
-            f"{EXPERIMENTS[task]}, {entries[0]['steps']} steps; {none:.3f} without prefix:",
-            "",
-            "| variant | nats per token | with another user's vector | true minus random |",
-            "|---|---|---|---|",
-        ]
-        for entry in entries:
-            cells = [entry["variant"], f"{entry['prefix']:.3f}"]
-            user = "random" in entry
-            cells += [f"{entry['random']:.3f}", signed(entry["true_minus_random"])] if user else ["–", "–"]
-            lines.append(f"| {' | '.join(cells)} |")
-        parts.append("\n".join(lines))
-    made = content["provenance"]
-    parts.append(
-        "`python benchmarks/lastfm.py --search`, `python benchmarks/personachat.py --search`, commit "
-        f"{made['commit']}, {hardware(made)}: [results/search.json](../results/search.json).\n"
-    )
-    return "\n\n".join(parts)
+    lines = [
+        "| persona as text, nats per token | own minus none | own minus another's | answers |",
+        "|---|---|---|---|",
+    ]
+    for name in ("all", "persona shows", "it does not"):
+        rows = content["text"][name]
+        cells = [_difference(rows[f"own minus {other}"]) for other in ("none", "another's persona")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {rows['own minus none']['examples']:,} |")
+    lines += [
+        "",
+        "| vectors | probe's AUC | late fusion: true minus random | where the persona shows | best epoch |",
+        "|---|---|---|---|---|",
+    ]
+    for name, probe in content["vectors"].items():
+        if not isinstance(probe, dict) or "auc" not in probe:
+            continue
+        fused = content["fusion"][name]
+        cells = [_difference(fused[key]) for key in ("true_minus_random", "where the persona shows")]
+        lines.append(f"| {name} | {probe['auc']:.3f} | {' | '.join(cells)} | {fused['epoch']} |")
+    lines += [
+        "",
+        "| steps | weight decay | training users | true minus random | held-out users | true minus random |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in content["longer"]["trainings"]:
+        cells = []
+        for part in ("training users", "validation users"):
+            found = row[part]
+            cells += [f"{found['nats_per_token']:.3f}", f"{signed(found['true_minus_random'])}, p {_p(found['p'])}"]
+        lines.append(f"| {row['steps']:,} | {row['weight_decay']:g} | {' | '.join(cells)} |")
+    made = content["text"]["provenance"]
+    lines += ["", f"`python benchmarks/personachat_why.py`, commit {str(made['commit'])[:10]}, {hardware(made)}: "
+              "[results/personachat_why.json](../results/personachat_why.json).", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _difference(row: dict[str, Any]) -> str:
+    return f"{signed(row['difference'])} {interval(row['ci'])}, p {_p(row['p'])}"
 
 
 AIMS = (
@@ -232,7 +274,12 @@ def pages() -> dict[Path, str]:
         ROOT / "README.md": filled(ROOT / "README.md", snippet=snippet(), results=results_summary()),
         docs / "cli.md": command_help(),
         docs / "results.md": results_page(),
-        docs / "findings.md": filled(docs / "findings.md", search=search_table()),
+        docs / "findings.md": filled(
+            docs / "findings.md",
+            objectives=sweep_tables("objectives"),
+            ablations=sweep_tables("ablations"),
+            why=why_table(),
+        ),
         docs / "speed.md": filled(docs / "speed.md", speed=speed_table(), aims=aims_table()),
     }
 

@@ -1,6 +1,6 @@
 """Worlds whose truth is known: vectors that carry taste, vectors that are noise, a training that was broken on purpose.
 
-A simulated streaming service, a language model that has read its catalogue, phi, the controls and the audit, end to end.
+A simulated streaming service, a language model that has read its catalogue, phi, controls, audit, end to end.
 """
 
 from __future__ import annotations
