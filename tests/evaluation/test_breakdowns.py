@@ -36,12 +36,12 @@ def test_bins_hold_every_value_once_and_part_no_equal_ones(values: list[int]) ->
 @pytest.mark.parametrize(
     ("values", "labels"),
     [
-        ([1, 2, 3, 4, 5, 6, 7, 8, 90], ["1-3", "4-6", "7+"]),
+        ([1, 2, 3, 4, 5, 6, 7, 8, 90], ["1–3", "4–6", "7+"]),
         ([1, 1, 1, 1, 1, 1, 1, 2, 9], ["1", "2+"]),
-        ([1, 2, 2, 2, 2, 2, 2, 2, 2], ["1-2"]),
+        ([1, 2, 2, 2, 2, 2, 2, 2, 2], ["1–2"]),
         ([1, 1, 1, 2, 2, 2, 3, 3, 3], ["1", "2", "3"]),
         ([4, 4, 4], ["4"]),
-        ([0.5, 1.25, 1.5, 2.25, 2.5, 31.125], ["0.5-1.25", "1.5-2.25", "2.5+"]),
+        ([6e-7, 1.25, 1.5, 2.25, 2.5, 31.125], ["0–1.25", "1.5–2.25", "2.5+"]),
         ([], []),
     ],
 )
@@ -72,8 +72,8 @@ def test_each_bin_is_tested_by_itself() -> None:
     (found,) = breakdowns(wide, by, resamples=400, seed=3)  # all completions are of one length, which says nothing
     assert (found["by"], found["comparison"]) == ("activity", "true minus random")
     assert [(b["label"], b["examples"], b["users"]) for b in found["bins"]] == [
-        ("1-2", 4, 2),
-        ("3-4", 4, 2),
+        ("1–2", 4, 2),
+        ("3–4", 4, 2),
         ("5+", 4, 2),
     ]
     for part, own in zip(found["bins"], ([1, 2], [3, 4], [5, 6]), strict=True):

@@ -197,7 +197,8 @@ def test_times_on_one_side_tell_nothing(load: Load) -> None:
         False,
         "cannot be told: the examples have timestamps, the vectors have none",
     )
-    assert checks(load(table(), noise()))["future"].found == "cannot be told: the examples have no timestamps"
+    found = checks(load(table(), noise()))["future"]
+    assert (found.fired, found.told, found.found) == (False, False, "cannot be told: the examples have no timestamps")
 
 
 # --- the profile

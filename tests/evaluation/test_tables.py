@@ -186,10 +186,12 @@ def test_breakdown_leaks_and_likeness() -> None:
     leaks = [
         {"name": "overlap", "fired": True, "found": "3 of 9", "examples": ["a", "b"]},
         {"name": "time", "fired": False, "found": "none", "examples": []},
+        {"name": "future", "fired": False, "found": "no timestamps", "examples": [], "told": False},
     ]
     found = leak_table(leaks)
-    assert found.rows == [["overlap", "fired", "3 of 9", "a; b"], ["time", "not fired", "none", ""]]
-    assert found.tones == ["bad", "good"]
+    assert found.rows == [["overlap", "fired", "3 of 9", "a; b"], ["time", "not fired", "none", ""],
+                          ["future", "not known", "no timestamps", ""]]  # fmt: skip
+    assert found.tones == ["bad", "good", "none"]
     users = [{"user_id": "u1", "nearest": [{"token": " jazz", "cosine": 0.251}, {"token": "\n", "cosine": -0.1}]}]
     assert likeness_table({"users": users}).rows == [["u1", "·jazz 0.25, ↵ -0.10"]]
     assert isinstance(likeness_table({}), Table)

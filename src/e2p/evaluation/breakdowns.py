@@ -118,8 +118,8 @@ def terciles(values: Array) -> Iterator[tuple[float, float, str]]:
     for index in present:
         part = values[which == index]
         low, high = float(part.min()), float(part.max())
-        first, last = (f"{bound:.0f}" if whole else f"{bound:.3g}" for bound in (low, high))
-        label = first if first == last else f"{first}-{last}"
+        first, last = (f"{bound:.0f}" if whole else f"{round(bound, 3):.3g}" for bound in (low, high))
+        label = first if first == last else f"{first}–{last}"
         yield low, high, f"{first}+" if index == present[-1] and first != last and len(present) > 1 else label
 
 

@@ -45,12 +45,14 @@ class LeakCheck:
         fired: it is wrong: the run is not valid.
         found: one line with figures.
         examples: up to three cases, by example id where there is one.
+        told: whether it could be told at all; ``found`` says why not.
     """
 
     name: str
     fired: bool
     found: str
     examples: tuple[str, ...] = ()
+    told: bool = True
 
 
 def check_leaks(inputs: RunInputs, source: str, seed: int = 42) -> list[LeakCheck]:
@@ -111,7 +113,7 @@ def _future(inputs: RunInputs) -> LeakCheck:
     dated = int(asked["timestamp"].count())
     if "timestamp" not in inputs.embeddings.keys.columns or not dated:
         which = "the examples have timestamps, the vectors have none" if dated else "the examples have no timestamps"
-        return LeakCheck(name, False, f"cannot be told: {which}")
+        return LeakCheck(name, False, f"cannot be told: {which}", told=False)
     made = inputs.embeddings.keys["timestamp"].gather(inputs.vector_rows[rows])
     late = asked.with_columns(made=made).filter(pl.col("made") > pl.col("timestamp"))
     found = f"{late.height:,} of {dated:,} examples have a vector that is later than they are"

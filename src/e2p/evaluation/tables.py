@@ -128,11 +128,12 @@ def breakdown_table(breakdown: Mapping[str, Any], metric: Metric) -> Table:
 
 def leak_table(leaks: Sequence[Mapping[str, Any]]) -> Table:
     """Every leak check, whether it fired and what it found."""
+    words = ["fired" if leak["fired"] else "not fired" if leak.get("told", True) else "not known" for leak in leaks]
     table = [
-        [str(leak["name"]), "fired" if leak["fired"] else "not fired", str(leak["found"]), "; ".join(leak["examples"])]
-        for leak in leaks
+        [str(leak["name"]), word, str(leak["found"]), "; ".join(leak["examples"])]
+        for leak, word in zip(leaks, words, strict=True)
     ]
-    tones = ["bad" if leak["fired"] else "good" for leak in leaks]
+    tones = [{"fired": "bad", "not fired": "good"}.get(word, "none") for word in words]
     return Table(["leak check", "result", "found", "cases"], table, 1, tones)
 
 
