@@ -43,21 +43,33 @@ def main() -> None:
     parser.add_argument("--work", default="scratch/personachat", type=Path)
     parser.add_argument("--seeds", default=[42, 43, 44], type=int, nargs="+")
     parser.add_argument("--out", default="results/personachat.json", type=Path)
+    parser.add_argument("--tokens", default=1, type=int, help="soft tokens")
+    parser.add_argument(
+        "--vectors", nargs="+", choices=["minilm", "hidden states"], default=["minilm", "hidden states"]
+    )
+    parser.add_argument("--arms", nargs="+", help="fewer arms than all")
     options = parser.parse_args()
     console = Console(stderr=True)
     tables = options.work / "tables"
     if not tables.exists():
         prepare(options.data, str(tables), encoder="minilm")
     vectors = {"minilm": tables / "embeddings.parquet", "hidden states": options.work / "hidden_states.parquet"}
-    if not vectors["hidden states"].exists():
+    if "hidden states" in options.vectors and not vectors["hidden states"].exists():
         embed(str(tables / "profiles.parquet"), options.backbone, str(vectors["hidden states"]), pooling="mean")
     # The static token sees no vectors, so the second experiment's is copied from the first.
     static_from = {"hidden states": str(options.work / "run-minilm")}
     experiments = {}
-    for name, table in vectors.items():
+    for name in options.vectors:
+        table = vectors[name]
         output = options.work / f"run-{name.replace(' ', '-')}"
         config = settings(tables, table, options.backbone, output)
-        experiments[name] = run_seeds(config, options.seeds, console, static_from=static_from.get(name))
+        if options.tokens != 1:
+            projector = replace(config.projector, prefix_tokens=options.tokens)
+            config = replace(config, projector=projector, output=f"{config.output}-{options.tokens}-tokens")
+        if options.arms:
+            config = replace(config, evaluation=replace(config.evaluation, arms=tuple(options.arms)))
+        copied = static_from.get(name) if "minilm" in experiments else None
+        experiments[name] = run_seeds(config, options.seeds, console, static_from=copied)
     write_results(options.out, experiments, "Next answers of the second speaker, split by groups of twin personas.")
 
 

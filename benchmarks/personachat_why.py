@@ -43,7 +43,8 @@ from e2p.training.inputs import RunInputs, deal, load_inputs
 from e2p.training.run import prepare_folder, train_arm
 
 OUT = Path("results/personachat_why.json")
-STEPS = (380, 1140, 3040)  # one, three and eight passes over the training answers
+# Steps (one and four passes over the training answers) and weight decay.
+TRAININGS = ((380, 1.0), (1520, 1.0), (1520, 0.0))
 
 
 class Room:
@@ -146,33 +147,32 @@ def longer(room: Room) -> dict[str, Any]:
     inputs, random = room.inputs, np.random.default_rng(0)
     some = np.sort(random.choice(inputs.rows("train"), len(room.rows), replace=False))
     found = []
-    for decay in (1.0, 0.0):
-        for steps in STEPS:
-            config = changed_settings(
-                room.config,
-                {"training.max_steps": steps, "training.weight_decay": decay, "training.evals_per_epoch": 1},
-            )
-            folder = room.work / "why" / f"{steps}-{decay}"
-            config = replace(config, output=str(folder))
-            if not (folder / "adapter").exists():
-                prepare_folder(config, overwrite=folder.exists(), resume=False)
-                train_arm(config, room.backbone, inputs, "e2p", folder, Console(stderr=True))
-            model = E2PModel.from_pretrained(folder / "adapter", room.backbone)
-            best = json.loads((folder / "training.json").read_text())["best_step"]
-            entry: dict[str, Any] = {"steps": steps, "weight_decay": decay, "best_step": best}
-            for part, rows in (("training users", some), ("validation users", room.rows)):
-                dealt = deal(inputs, rows, [config.evaluation.seed, 3])
-                examples = replace(inputs.examples("train"), rows=rows)
-                own, tokens = example_nats(model, examples, room.budget)
-                other, _ = example_nats(model, replace(examples, vector_rows=dealt), room.budget)
-                values, users = (own - other) / tokens, room.users[rows]
-                entry[part] = {
-                    "nats_per_token": float(own.sum() / tokens.sum()),
-                    "true_minus_random": float(values.mean()),
-                    "p": clustered_t(values, users).p,
-                }
-            found.append(entry)
-            print(entry)
+    for steps, decay in TRAININGS:
+        config = changed_settings(
+            room.config,
+            {"training.max_steps": steps, "training.weight_decay": decay, "training.evals_per_epoch": 1},
+        )
+        folder = room.work / "why" / f"{steps}-{decay}"
+        config = replace(config, output=str(folder))
+        if not (folder / "adapter").exists():
+            prepare_folder(config, overwrite=folder.exists(), resume=False)
+            train_arm(config, room.backbone, inputs, "e2p", folder, Console(stderr=True))
+        model = E2PModel.from_pretrained(folder / "adapter", room.backbone)
+        best = json.loads((folder / "training.json").read_text())["best_step"]
+        entry: dict[str, Any] = {"steps": steps, "weight_decay": decay, "best_step": best}
+        for part, rows in (("training users", some), ("validation users", room.rows)):
+            dealt = deal(inputs, rows, [config.evaluation.seed, 3])
+            examples = replace(inputs.examples("train"), rows=rows)
+            own, tokens = example_nats(model, examples, room.budget)
+            other, _ = example_nats(model, replace(examples, vector_rows=dealt), room.budget)
+            values, users = (own - other) / tokens, room.users[rows]
+            entry[part] = {
+                "nats_per_token": float(own.sum() / tokens.sum()),
+                "true_minus_random": float(values.mean()),
+                "p": clustered_t(values, users).p,
+            }
+        found.append(entry)
+        print(entry)
     return {"trainings": found}
 
 
