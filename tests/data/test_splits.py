@@ -97,6 +97,6 @@ def test_a_share_of_the_training_groups_is_kept_whole_and_nested(groups: list[st
     assert (kept[codes != 0] == codes[codes != 0]).all()
     own = {group for group, code in zip(groups, kept, strict=True) if code == 0}
     assert len(own) == max(1, round(share * len(training)))
-    assert own.isdisjoint({group for group, code in zip(groups, kept, strict=True) if code == -1})
+    assert own.isdisjoint({group for group, code in zip(groups, kept, strict=True) if code == -2})
     less = drop_training_groups(series, codes, share / 2, seed)
     assert {group for group, code in zip(groups, less, strict=True) if code == 0} <= own

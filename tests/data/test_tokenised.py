@@ -194,7 +194,7 @@ def test_two_processes_at_once_agree(
     ("columns", "with_profile", "message"),
     [
         ({"prompt": ["hello"] * 4 + ["long " * 99] + ["hello"] * 45}, False, "expected a prompt of at most 60 tokens"),
-        ({"profile": ["x"] * 4 + [None] + ["x"] * 45}, True, "expects a text in column 'profile'"),
+        ({"profile": ["x"] * 4 + [None] + ["x"] * 45}, True, "expected a text in column 'profile'"),
     ],
 )
 def test_a_row_that_cannot_be_encoded_is_named(

@@ -17,7 +17,7 @@ from e2p.config import RunConfig, to_dict
 from e2p.errors import ConfigError
 from e2p.evaluation import sweep as room
 from e2p.evaluation.sweep import SweepConfig, changed_settings, load_sweep, points, run_sweep
-from e2p.evaluation.sweep_tables import table
+from e2p.evaluation.sweep_tables import Entry, _row, table
 from e2p.training.inputs import deal
 from tiny_run import inputs_of, tiny_run
 
@@ -99,6 +99,7 @@ def test_an_unknown_setting_or_a_wrong_value_is_refused(base: RunConfig, setting
         ("base: nowhere.yaml\nvary: {projector.norm: [paper]}", "nowhere.yaml: cannot be read"),
         ("base: {}\nseeds: 3\nvary: {projector.norm: [paper]}", "seeds: got int"),
         ("base: {", "cannot be read as YAML"),
+        ("base: {}\nvary: {evaluation.arms: [[e2p]]}", "evaluation.arms: does not change what a sweep shows"),
     ],
 )
 def test_a_wrong_file_is_refused_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:
@@ -209,15 +210,101 @@ def test_an_interrupted_point_is_resumed(base: RunConfig, tmp_path: Path, monkey
 
 
 def test_a_table_leaves_out_columns_that_hold_nothing_and_shortens_paths() -> None:
-    row = {"value": "tables/minilm.parquet", "base": True, "prefix": 3.0, "random": 3.2, "true_minus_random": -0.2,
+    row = {"value": "tables/mini|lm.parquet", "base": True, "prefix": 3.0, "random": 3.2, "true_minus_random": -0.2,
            "ci": [-0.3, -0.1], "p": 0.0004, "seeds": 1, "failed": []}  # fmt: skip
     assert table([row]).splitlines() == [
         "| value | nats per token | another user's vector | true minus random | 95% interval | p |",
         "| --- | --- | --- | --- | --- | --- |",
-        "| **minilm** | 3.000 | 3.200 | −0.200 | [−0.300, −0.100] | < 0.001 |",
+        "| **mini\\|lm** | 3.000 | 3.200 | −0.200 | [−0.300, −0.100] | < 0.001 |",
     ]
     seeds = table([{**row, "static": 3.1, "true_minus_static": -0.1, "seeds": 3}]).splitlines()[2]
-    assert seeds == "| **minilm** | 3.000 | 3.100 | −0.100 | 3.200 | −0.200 | [−0.300, −0.100] | < 0.001 | 3 |"
+    assert seeds == "| **mini\\|lm** | 3.000 | 3.100 | −0.100 | 3.200 | −0.200 | [−0.300, −0.100] | < 0.001 | 3 |"
+
+
+def test_how_points_are_judged_is_part_of_what_they_are(base: RunConfig, tmp_path: Path) -> None:
+    config = config_of(base, tmp_path, vary={"evaluation.seed": [1, 2], "evaluation.resamples": [100, 200]})
+    assert len({point.id("") for point in points(config)}) == 4  # 100 resamples are the base's
+    moved = config_of(base, tmp_path / "elsewhere", vary=config.vary)
+    assert {point.id("") for point in points(moved)} == {point.id("") for point in points(config)}
+
+
+def test_a_moved_sweep_goes_on_with_an_interrupted_point(
+    base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = room.train_arm
+
+    def killed(*arguments: Any, **keywords: Any) -> Any:
+        original(*arguments, **keywords)
+        for adapter in tmp_path.rglob("adapter"):
+            adapter.rename(adapter.with_name("half"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "train_arm", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(config_of(base, tmp_path / "a", vary={"projector.hidden_dim": [8]}))
+    monkeypatch.setattr(room, "train_arm", original)
+    (tmp_path / "a").rename(tmp_path / "b")
+    (row,) = run_sweep(config_of(base, tmp_path / "b", vary={"projector.hidden_dim": [8]}))["tables"][
+        "projector.hidden_dim"
+    ]
+    assert not row["failed"]
+
+
+def test_what_is_trained_but_not_judged_is_not_trained_again(
+    base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(base, tmp_path, vary={"projector.hidden_dim": [8]})
+    original, trained = room.train_arm, []
+    monkeypatch.setattr(room, "train_arm", lambda *a, **k: trained.append(a) or original(*a, **k))
+    judged = room.example_nats
+
+    def out_of_memory(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(room, "example_nats", out_of_memory)
+    (row,) = run_sweep(config)["tables"]["projector.hidden_dim"]
+    assert row["failed"] == ["out of memory"]
+    monkeypatch.setattr(room, "example_nats", judged)
+    (row,) = run_sweep(config)["tables"]["projector.hidden_dim"]
+    assert row["prefix"] is not None
+    assert len(trained) == 1
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_one_validation_user_is_refused_before_the_training(
+    base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "train_arm", lambda *_: pytest.fail("was trained"))
+    frame = pl.read_parquet(base.data.examples)
+    few = frame.filter((pl.col("split") != "validation") | (pl.col("user_id") == "u12"))
+    few.write_parquet(tmp_path / "few.parquet")
+    one = replace(base, data=replace(base.data, examples=str(tmp_path / "few.parquet")))
+    (row,) = run_sweep(config_of(one, tmp_path / "out", vary={"projector.hidden_dim": [8]}))["tables"][
+        "projector.hidden_dim"
+    ]
+    assert "the validation part: expected at least two users, got 1" in row["failed"][0]
+
+
+def test_a_line_that_a_kill_has_cut_short_swallows_nothing(base: RunConfig, tmp_path: Path) -> None:
+    config = config_of(base, tmp_path, vary={"projector.hidden_dim": [8, 4]})
+    run_sweep(config)
+    log = tmp_path / room.POINTS
+    whole = log.read_text()
+    log.write_text(whole[:-40])
+    run_sweep(config)
+    assert len(room._finished(log)) == 2
+
+
+def test_true_minus_static_is_of_the_seeds_that_both_have() -> None:
+    def entry(arm: str, seed: int, prefix: float | None) -> Entry:
+        user = {"random": 3.5, "true_minus_random": -0.5, "ci": [-1.0, 0.0], "p": 0.5, "none": 4.0, "seconds": 1.0,
+                "parameters": 1, "steps": 1, "examples": {"train": 1}}  # fmt: skip
+        result = {"failed": "no"} if prefix is None else {"prefix": prefix, **user}
+        return Entry("projector.hidden_dim", 8, arm, seed, result)
+
+    row = _row(8, [entry("e2p", 1, 3.0), entry("e2p", 2, 2.0), entry("static", 1, 3.0), entry("static", 2, None)])
+    assert row["true_minus_static"] == 0
+    assert row["prefix"] == 2.5
 
 
 SHIPPED = sorted((Path(__file__).parents[2] / "benchmarks" / "sweeps").glob("*.yaml"))

@@ -155,3 +155,16 @@ def test_the_divergence_is_torchs_own_over_all_logits(kind: str, chunk: int | No
     with torch.no_grad():
         torch.testing.assert_close(divergence(student, teacher, h, chunk), ours.detach())
         assert divergence(student, student, h).abs().max() < 1e-6
+
+
+def test_the_divergence_bears_logits_that_are_masked() -> None:
+    """Some families set the logits of unused entries of the vocabulary to minus infinity."""
+    h = head("bias")
+    with torch.no_grad():
+        h.linear.bias[3] = -torch.inf
+    student = torch.randn(N, H, requires_grad=True)
+    values = divergence(student, torch.randn(N, H), h)
+    values.sum().backward()
+    assert torch.isfinite(values).all()
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()

@@ -14,11 +14,12 @@ import torch
 from e2p.config import ObjectiveConfig, RunConfig, to_dict
 from e2p.data.batches import epoch_steps
 from e2p.data.sources import cache_root
-from e2p.data.tokenised import tokenise
+from e2p.data.tokenised import TokenisedExamples, tokenise
 from e2p.errors import ConfigError, DataError
 from e2p.model.e2p import E2PModel, text_encoder
 from e2p.training.inputs import RunInputs, strangers
-from e2p.training.run import train_arm
+from e2p.training.run import train, train_arm
+from e2p.training.trainer import E2PTrainer
 from tiny_run import inputs_of, tiny_run, with_training
 
 CONTRAST = ObjectiveConfig(contrast=0.7, contrast_margin=0.2)
@@ -42,16 +43,17 @@ def one_step(base: RunConfig, loaded: tuple[Any, RunInputs], objective: Objectiv
     return next(entry["loss"] for entry in record["history"] if "loss" in entry)
 
 
-def first_step(base: RunConfig, loaded: tuple[Any, RunInputs]) -> tuple[E2PModel, list[tuple[int, bool]], int]:
+def first_step(
+    base: RunConfig, loaded: tuple[Any, RunInputs], tokens: TokenisedExamples | None = None
+) -> tuple[E2PModel, list[tuple[int, bool]], int]:
     """The untrained model, the first step's rows with whether their vector is dropped, and its labelled tokens."""
     backbone, inputs = loaded
     model = E2PModel.from_backbone(
         backbone, inputs.embeddings.dim, base.projector, data=base.data, seed=base.training.seed
     )
     model.projector.fit_input(torch.from_numpy(inputs.train_vectors()))
-    plan = epoch_steps(
-        inputs.examples("train"), batch_size=8, budget=10**6, null_prob=base.projector.null_prob, seed=42, epoch=0
-    )
+    planned = inputs.examples("train", tokens=tokens)
+    plan = epoch_steps(planned, batch_size=8, budget=10**6, null_prob=base.projector.null_prob, seed=42, epoch=0)
     step = next(plan)
     rows = [(int(r), bool(d)) for part, drop in zip(step.passes, step.dropped, strict=True)
             for r, d in zip(part, drop, strict=True)]  # fmt: skip
@@ -80,9 +82,9 @@ def test_the_distilling_step_is_what_a_loop_over_examples_gives(
     base: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path
 ) -> None:
     backbone, inputs = loaded
-    model, rows, tokens = first_step(base, loaded)
     encoder = text_encoder(backbone, base.data, 1)
     profiled = tokenise(base.data.examples, encoder, cache_root(base.data.cache_dir), with_profile=True)
+    model, rows, tokens = first_step(base, loaded, profiled)
     examples, loss = inputs.examples("train"), 0.0
     with torch.no_grad():
         for row, dropped in rows:
@@ -148,10 +150,31 @@ def test_the_static_control_gets_no_contrast_and_the_adapter_knows_its_objective
     assert json.loads(path.read_text())["objective"] == to_dict(CONTRAST)
 
 
-def test_distilling_needs_profiles_and_says_so(tmp_path: Path) -> None:
+def test_distilling_needs_profiles_and_says_so_before_there_is_a_run(tmp_path: Path) -> None:
     config = replace(tiny_run(tmp_path, profile=False), objective=DISTILL)
-    with pytest.raises(DataError, match="expects a text in column 'profile'"):
-        train_arm(config, *inputs_of(config), "e2p", tmp_path / "run", None)
+    with pytest.raises(DataError, match="expected a text in column 'profile', got none; prompt arms"):
+        train(config)
+    assert not Path(config.output).exists()
+
+
+def test_passes_hold_the_teachers_rows_within_the_budget(base: RunConfig, loaded: tuple[Any, RunInputs]) -> None:
+    backbone, inputs = loaded
+    encoder = text_encoder(backbone, base.data, 1)
+    profiled = tokenise(base.data.examples, encoder, cache_root(base.data.cache_dir), with_profile=True)
+    model = E2PModel.from_backbone(backbone, inputs.embeddings.dim, base.projector, data=base.data)
+    trainer = E2PTrainer(
+        model,
+        replace(base.training, tokens_per_pass=60),
+        inputs.examples("train"),
+        inputs.examples("validation"),
+        "unused",
+        objective=DISTILL,
+        teacher=profiled,
+    )
+    widths = profiled.prompt_lengths + profiled.completion_lengths
+    passes = [rows for (step,) in trainer.get_train_dataloader() for rows in step.passes]
+    assert max(len(rows) for rows in passes) > 1
+    assert all(len(rows) == 1 or len(rows) * widths[rows].max() <= 60 for rows in passes)
 
 
 def test_the_two_terms_are_not_for_one_run() -> None:

@@ -48,6 +48,7 @@ def test_parts_vectors_and_counts(config: RunConfig) -> None:
         "validation_users": 4,
         "test_users": 4,
         "dropped_without_vector": 0,
+        "left_out_by_train_share": 0,
         "null_user_without_vector": 0,
         "cut_prompts": 0,
         "cut_completions": 0,
@@ -237,6 +238,7 @@ def test_a_share_of_the_training_users_leaves_the_rest_of_the_split_as_it_was(co
     part = load(replace(config, data=replace(config.data, train_share=0.5)))
     assert part.counts["train_users"] == whole.counts["train_users"] // 2
     assert part.counts["dropped_without_vector"] == 0
+    assert part.counts["left_out_by_train_share"] == whole.counts["train"] - part.counts["train"] > 0
     for name in ("validation", "test"):
         assert (part.rows(name) == whole.rows(name)).all()
     assert set(part.rows("train")) < set(whole.rows("train"))

@@ -11,6 +11,7 @@ from e2p.errors import DataError
 
 SPLITS = ("train", "validation", "test")
 Codes = npt.NDArray[np.int8]
+LEFT_OUT = -2  # training groups beyond data.train_share
 
 
 def split_by_group(groups: pl.Series, config: SplitConfig) -> Codes:
@@ -44,14 +45,14 @@ def split_by_group(groups: pl.Series, config: SplitConfig) -> Codes:
 
 
 def drop_training_groups(groups: pl.Series, codes: Codes, share: float, seed: int) -> Codes:
-    """Parts with -1 in the place of 0 for all but a share of the training groups, at least one.
+    """Parts with -2 in the place of 0 for all but a share of the training groups, at least one.
 
     The training groups are permuted by the seed and the first ones stay, so a smaller share is part of a larger one.
     """
     names = groups.filter(pl.Series(codes == 0)).unique().sort()
     order = np.random.default_rng([seed, 1]).permutation(len(names))
     kept = names.gather(np.sort(order[: max(1, round(share * len(names)))]))
-    return np.where((codes == 0) & ~groups.is_in(kept.implode()).to_numpy(), -1, codes).astype(np.int8)
+    return np.where((codes == 0) & ~groups.is_in(kept.implode()).to_numpy(), LEFT_OUT, codes).astype(np.int8)
 
 
 def _counts(groups: int, fractions: tuple[float, float, float]) -> npt.NDArray[np.int64]:

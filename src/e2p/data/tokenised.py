@@ -169,7 +169,7 @@ def _encoded(source: str, frame: Any, encoder: TextEncoder, with_profile: bool) 
         profile = row["profile"] if with_profile else None
         if with_profile and not profile:
             raise DataError(
-                f"{where}: the arm 'prompt' expects a text in column 'profile', got none; leave the arm out"
+                f"{where}: expected a text in column 'profile', got none; prompt arms and objective.distill need it"
             )
         try:
             encoded = encoder.prompt(prompt, profile)

@@ -15,12 +15,13 @@ import numpy.typing as npt
 import yaml
 from rich.console import Console
 
-from e2p.config import BackboneConfig, RunConfig, from_dict, load_yaml, to_dict
+from e2p.config import BackboneConfig, RunConfig, from_dict, load_yaml, save_yaml, to_dict
 from e2p.data.batches import Examples
 from e2p.data.tables import content_key
 from e2p.errors import ConfigError, E2PError, RunError
-from e2p.evaluation.significance import cluster_bootstrap, clustered_t
+from e2p.evaluation.significance import cluster_bootstrap, clustered_t, require_tests
 from e2p.evaluation.sweep_tables import Entry, write_summary
+from e2p.model.adapter import CONFIG
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel, text_encoder
 from e2p.provenance import provenance
@@ -29,6 +30,7 @@ from e2p.training.run import arm_folder, prepare_folder, train_arm, with_seed
 from e2p.training.trainer import score_batches
 
 POINTS = "points.jsonl"
+_JUDGED = ("seed", "resamples")  # what a sweep uses of the settings of evaluation
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Point:
 
     def id(self, content: str) -> str:
         """The same for points that are the same run, whatever table they stand in; ``content`` stands for the data."""
-        settings = to_dict(self.config) | {"output": None, "evaluation": None, "arm": self.arm, "content": content}
+        judged = {name: getattr(self.config.evaluation, name) for name in _JUDGED}
+        settings = to_dict(self.config) | {"output": None, "evaluation": judged, "arm": self.arm, "content": content}
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -128,6 +131,10 @@ def points(config: SweepConfig) -> Iterator[Point]:
     unknown = [key for key in config.static if key not in config.vary and key not in ("variants", "grid")]
     if unknown:
         raise ConfigError(f"static: expected settings of vary (or the word variants or grid), got {unknown[0]!r}")
+    varied = [*config.vary, *config.grid, *(name for settings in config.variants.values() for name in settings)]
+    for name in varied:
+        if name.startswith("evaluation.") and name.partition(".")[2] not in _JUDGED:
+            raise ConfigError(f"{name}: does not change what a sweep shows; leave it out")
     changes: list[tuple[str, Any, dict[str, Any]]] = [("base", None, {})]
     for key, values in config.vary.items():
         changes += [(key, value, {key: value}) for value in values]
@@ -192,13 +199,12 @@ def run_sweep(config: SweepConfig, console: Console | None = None) -> dict[str, 
                     FrozenBackbone.load(point.config.backbone, point.config.training.precision),
                 )
             result = run_point(point, loaded[1], folder / "runs" / name, console)
-        except E2PError as error:
+        except (E2PError, RuntimeError) as error:  # out of memory is a RuntimeError
             if console is not None:
                 console.print(f"[red]failed:[/] {error}", highlight=False)
-            result = {"failed": str(error)}
+            result = {"failed": " ".join(str(error).split())}
         result = {"id": name, **result, "provenance": provenance()}
-        with (folder / POINTS).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(result) + "\n")
+        _append(folder / POINTS, json.dumps(result))
         done[name] = result
     entries = [Entry(p.key, p.value, p.arm, p.config.training.seed, done[name]) for name, p in wanted]
     return write_summary(folder, to_dict(config.base), entries)
@@ -219,10 +225,9 @@ def run_point(point: Point, backbone: FrozenBackbone, folder: Path, console: Con
         config.projector.position,
         tables,
     )
-    started = (folder / "config.yaml").is_file()
-    prepare_folder(config, overwrite=False, resume=started)
-    model, record = train_arm(config, backbone, inputs, point.arm, folder, console, resume=started)
-    shutil.rmtree(arm_folder(folder, point.arm) / "checkpoints")
+    if point.arm != "static":
+        require_tests(inputs.keys["user_id"].to_numpy()[inputs.rows("validation")], "validation")
+    model, record = _trained(config, backbone, inputs, point.arm, folder, console)
     budget = config.training.tokens_per_pass
     held_out = inputs.examples("validation")
     own, tokens = example_nats(model, held_out, budget)
@@ -236,7 +241,25 @@ def run_point(point: Point, backbone: FrozenBackbone, folder: Path, console: Con
         "prefix": float(own.sum() / tokens.sum()),
         "none": record["validation"]["none"],
     }
-    return result if point.arm == "static" else result | _against_others(model, inputs, own, tokens, budget, config)
+    if point.arm != "static":
+        result |= _against_others(model, inputs, own, tokens, budget, config)
+    shutil.rmtree(arm_folder(folder, point.arm) / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _trained(
+    config: RunConfig, backbone: FrozenBackbone, inputs: RunInputs, arm: str, folder: Path, console: Console | None
+) -> tuple[E2PModel, dict[str, Any]]:
+    """Train an arm, go on where a training was interrupted, or load what was trained but not judged."""
+    trained = arm_folder(folder, arm)
+    if (trained / "adapter" / CONFIG).is_file():
+        record = json.loads((trained / "training.json").read_text(encoding="utf-8"))
+        return E2PModel.from_pretrained(trained / "adapter", backbone), record
+    started = (folder / "config.yaml").is_file()
+    if started:  # the same run by its id, though the sweep's folder may have moved
+        save_yaml(config, folder / "config.yaml")
+    prepare_folder(config, overwrite=False, resume=started)
+    return train_arm(config, backbone, inputs, arm, folder, console, resume=started)
 
 
 def _against_others(
@@ -269,6 +292,15 @@ def example_nats(
         parts = logprobs.double().cpu().split(batch.completion_lengths.tolist())
         nats[batch.index.numpy()] = [-float(part.sum()) for part in parts]
     return nats[examples.rows], examples.tokens.completion_lengths[examples.rows].astype(np.float64)
+
+
+def _append(log: Path, line: str) -> None:
+    """Add a line; one that a kill has cut short must not swallow it."""
+    with log.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write((line + "\n").encode())
 
 
 def _finished(log: Path) -> dict[str, dict[str, Any]]:

@@ -83,7 +83,11 @@ def write_summary(folder: Path, base: Mapping[str, Any], entries: Sequence[Entry
     for key, rows in tables.items():
         picture = f"![{key}](figures/{pictures[key].name}.png)\n\n" if key in pictures else ""
         parts.append(f"## {key}\n\n{picture}{table(rows)}")
-    (folder / "sweep.md").write_text("# Sweep\n\n" + "\n".join(parts), encoding="utf-8")
+    made = ", ".join(
+        f"{str(commit)[:10]}{' with changes' if dirty else ''}" for commit, dirty in sorted(commits, key=str)
+    )
+    about = f"Nats per token on the validation part; made at {made}."
+    (folder / "sweep.md").write_text(f"# Sweep\n\n{about}\n\n" + "\n".join(parts), encoding="utf-8")
     return summary
 
 
@@ -98,7 +102,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cells(row: Mapping[str, Any]) -> list[str]:
     name = _name(row["value"])
     if row["prefix"] is None:
-        return [name, f"failed: {row['failed'][0]}" if row.get("failed") else "failed", *["–"] * 7]
+        return [name, f"failed: {_cell(row['failed'][0])}" if row.get("failed") else "failed", *["–"] * 7]
     static = row.get("static")
     return [
         f"**{name}**" if row["base"] else name,
@@ -116,14 +120,21 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 def _name(value: Any) -> str:
     """Short and without markup: of a path, its name."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return Path(text).stem if "/" in text else text
+    return _cell(Path(text).stem if "/" in text else text)
+
+
+def _cell(text: str) -> str:
+    """On one line, no new column of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _row(value: Any, entries: Sequence[Entry]) -> dict[str, Any]:
     """One value's figures over its seeds."""
     failed = [entry.result["failed"] for entry in entries if "failed" in entry.result]
     good = [entry.result for entry in entries if entry.arm == "e2p" and "failed" not in entry.result]
-    static = [e.result["prefix"] for e in entries if e.arm == "static" and "failed" not in e.result]
+    own = {e.seed: e.result["prefix"] for e in entries if e.arm == "e2p" and "failed" not in e.result}
+    static = {e.seed: e.result["prefix"] for e in entries if e.arm == "static" and "failed" not in e.result}
+    pairs = [(own[seed], static[seed]) for seed in own if seed in static]
     row: dict[str, Any] = {"value": value, "seeds": len(good), "failed": failed}
     for name in _MEANS:
         known = [result[name] for result in good if result.get(name) is not None]
@@ -134,9 +145,9 @@ def _row(value: Any, entries: Sequence[Entry]) -> dict[str, Any]:
     for name in ("parameters", "steps"):
         row[name] = good[0][name] if good else None
     row["train_examples"] = good[0]["examples"]["train"] if good else None
-    if static and good:
-        row["static"] = statistics.fmean(static)
-        row["true_minus_static"] = row["prefix"] - row["static"]
+    if pairs:  # of the seeds that both have
+        row["static"] = statistics.fmean(other for _, other in pairs)
+        row["true_minus_static"] = statistics.fmean(mine - other for mine, other in pairs)
     return row
 
 

@@ -162,7 +162,8 @@ class _Divergence(torch.autograd.Function):
             with torch.enable_grad():
                 inputs = student[start : start + chunk].detach().requires_grad_(student.requires_grad)
                 log_p = head(teacher[start : start + chunk]).log_softmax(-1)
-                value = (log_p.exp() * (log_p - head(inputs).log_softmax(-1))).sum(-1)
+                ratio = log_p - head(inputs).log_softmax(-1)
+                value = (log_p.exp() * torch.where(log_p > -torch.inf, ratio, 0)).sum(-1)  # 0 log 0 is 0
                 if student.requires_grad:
                     gradients.append(torch.autograd.grad(value.sum(), inputs)[0])
             values.append(value.detach())

@@ -14,7 +14,7 @@ from e2p.config import DataConfig, Position
 from e2p.data.asof import asof_rows
 from e2p.data.batches import Examples, Ints
 from e2p.data.sources import cache_root
-from e2p.data.splits import SPLITS, drop_training_groups, resolve_splits
+from e2p.data.splits import LEFT_OUT, SPLITS, drop_training_groups, resolve_splits
 from e2p.data.tables import EmbeddingTable, example_keys, open_embeddings
 from e2p.data.templates import TextEncoder
 from e2p.data.tokenised import TokenisedExamples, tokenise
@@ -27,7 +27,7 @@ class RunInputs:
 
     Args:
         keys: example_id, user_id, timestamp, group per row of the example table.
-        split: 0 train, 1 validation, 2 test per row; -1: dropped.
+        split: 0 train, 1 validation, 2 test per row; -1: dropped; -2: beyond ``data.train_share``.
         vector_rows: row of the embedding table per example, -1 without one.
         embeddings: the embedding table.
         tokens: examples without profile text.
@@ -152,7 +152,8 @@ def load_inputs(
     counts = {
         **{part: int((split == code).sum()) for code, part in enumerate(SPLITS)},
         **{f"{part}_users": keys.filter(split == code)["user_id"].n_unique() for code, part in enumerate(SPLITS)},
-        "dropped_without_vector": int(((tables.vector_rows < 0) & ~kept).sum()),
+        "dropped_without_vector": int((split == -1).sum()),
+        "left_out_by_train_share": int((split == LEFT_OUT).sum()),
         "null_user_without_vector": int(((tables.vector_rows < 0) & kept).sum()),
         "cut_prompts": int((tokens.column("cut_prompt")[kept] > 0).sum()),
         "cut_completions": int(tokens.column("cut_completion")[kept].sum()),

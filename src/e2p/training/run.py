@@ -19,6 +19,7 @@ from e2p.config import RunConfig, load_yaml, save_yaml, to_dict
 from e2p.data.batches import Ints, steps_per_epoch
 from e2p.data.sources import cache_root
 from e2p.data.splits import SPLITS
+from e2p.data.templates import TextEncoder
 from e2p.data.tokenised import TokenisedExamples, tokenise
 from e2p.errors import ConfigError, RunError
 from e2p.model.backbone import FrozenBackbone
@@ -56,6 +57,8 @@ def train(config: RunConfig, overwrite: bool = False, resume: bool = False) -> N
     backbone = FrozenBackbone.load(config.backbone, config.training.precision)
     encoder = text_encoder(backbone, config.data, config.projector.prefix_tokens)
     inputs = load_inputs(config.data, encoder, config.projector.position, tables)
+    if config.objective.distill:
+        _teacher(config, encoder)
     if first:  # only now: a bad input must not leave an empty run
         prepare_folder(config, overwrite, resume)
     if console is not None:
@@ -260,7 +263,7 @@ def train_arm(
         # Nobody is a stranger to soft tokens that do not depend on the user.
         objective=replace(config.objective, contrast=0.0) if arm == "static" else config.objective,
         strangers=lambda epoch: strangers(inputs, inputs.rows("train"), [budget.seed, 5, epoch]),
-        teacher=_teacher(config, model) if config.objective.distill else None,
+        teacher=_teacher(config, model.encoder) if config.objective.distill else None,
         title=arm,
         console=console,
     )
@@ -307,9 +310,9 @@ def train_arm(
     return model, record
 
 
-def _teacher(config: RunConfig, model: E2PModel) -> TokenisedExamples:
+def _teacher(config: RunConfig, encoder: TextEncoder) -> TokenisedExamples:
     """The run's examples as the frozen model reads them with the profile text."""
-    return tokenise(config.data.examples, model.encoder, cache_root(config.data.cache_dir), with_profile=True)
+    return tokenise(config.data.examples, encoder, cache_root(config.data.cache_dir), with_profile=True)
 
 
 def shuffled_rows(inputs: RunInputs, seed: int) -> Ints:

@@ -147,7 +147,10 @@ class E2PTrainer(Trainer):
         # With the contrastive term, every row of a pass stands there twice.
         half = replace(self.budget, tokens_per_pass=max(1, self.budget.tokens_per_pass // 2))
         budget = half if self.objective.contrast else self.budget
-        plans = _Plans(self.train_examples, budget, null_prob, self.args.process_index, self.args.world_size)
+        # A teacher's rows hold the profile too: passes are cut by what is longer.
+        plans = _Plans(
+            self.teacher or self.train_examples, budget, null_prob, self.args.process_index, self.args.world_size
+        )
         return _StepLoader(plans)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
