@@ -1,4 +1,4 @@
-"""Tables and vectors of the sweeps: both tasks' official files, and profiles by a sentence encoder and a backbone.
+"""Tables and vectors of the sweeps: both tasks' official files, and Persona-Chat's profiles by the backbone.
 
 python benchmarks/sweeps/prepare.py --data ../shared/data --backbone ../shared/backbone --work scratch
 """
@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from e2p.tasks import music, personachat
-from e2p.users.extract import embed
+from e2p.users.extract import Pooling, embed
 
 
 def main() -> None:
@@ -25,13 +25,11 @@ def main() -> None:
     if not (dialogues / "tables").exists():
         source = options.data / "persona_chat" / "train_self_original_no_cands.txt"
         personachat.prepare(str(source), str(dialogues / "tables"), encoder="minilm")
-    wanted = [(lastfm, "minilm", "minilm", "mean")]
-    for task in (lastfm, dialogues):
-        wanted += [(task, f"hidden_{pooling}", options.backbone, pooling) for pooling in ("mean", "last")]
-    for task, name, encoder, pooling in wanted:
-        out = task / f"profiles_{name}.parquet"
+    poolings: tuple[Pooling, ...] = ("mean", "last")
+    for pooling in poolings:
+        out = dialogues / f"profiles_hidden_{pooling}.parquet"
         if not out.exists():
-            embed(str(task / "tables" / "profiles.parquet"), encoder, str(out), pooling=pooling)
+            embed(str(dialogues / "tables" / "profiles.parquet"), options.backbone, str(out), pooling=pooling)
 
 
 if __name__ == "__main__":
