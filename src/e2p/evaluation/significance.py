@@ -225,7 +225,7 @@ def _judged(words: Mapping[str, str]) -> str:
     return f"no effect: no better than {lost} or no prefix"
 
 
-def require_tests(users: Sequence[str] | NDArray[Any]) -> None:
+def require_tests(users: Sequence[str] | NDArray[Any], part: str = "test") -> None:
     """Make sure, before long work, that differences between these users can be tested.
 
     Raises:
@@ -234,7 +234,7 @@ def require_tests(users: Sequence[str] | NDArray[Any]) -> None:
     """
     found = len(np.unique(np.asarray(users)))
     if found < 2:
-        raise DataError(f"the test part: expected at least two users, got {found}; change data.split or add users")
+        raise DataError(f"the {part} part: expected at least two users, got {found}; change data.split or add users")
     _student_cdf(0.0, 1)
 
 
