@@ -83,6 +83,10 @@ def fired(found: dict[str, LeakCheck]) -> set[str]:
     return {name for name, check in found.items() if check.fired}
 
 
+def told(found: dict[str, LeakCheck]) -> set[str]:
+    return {name for name, check in found.items() if check.told}
+
+
 def figures(found: str) -> list[float]:
     return [float(number.replace(",", "")) for number in re.findall(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?", found)]
 
@@ -97,6 +101,7 @@ def test_a_clean_run_fires_nothing_and_says_what_was_judged(load: Load) -> None:
     assert "AUC 0." in found["vector"].found
     assert found["copied"].found.startswith("0 of 50 test completions of at least 8 words (0.0%)")
     assert all(check.examples == () for check in found.values())
+    assert told(found) == {"users", "profile", "copied"}  # no timestamps; fifty test examples are few for the probe
 
 
 def test_the_run_in_miniature_fires_nothing(tmp_path: Path) -> None:
@@ -105,8 +110,17 @@ def test_the_run_in_miniature_fires_nothing(tmp_path: Path) -> None:
     _, inputs = inputs_of(config)
     found = checks((inputs, config.data.examples))
     assert fired(found) == set()
+    assert told(found) == {"users", "profile"}
     assert "4 of 4 test vectors are near-copies" in found["vector"].found
-    assert "nothing to judge" in found["profile"].found
+    assert "test: 0 of 8 completions of fewer than 5 words" in found["profile"].found
+
+
+def test_in_miniature_a_profile_that_is_the_completion_fires(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path)
+    frame = pl.read_parquet(config.data.examples).with_columns(profile="completion")
+    frame.write_parquet(config.data.examples)
+    _, inputs = inputs_of(config)
+    assert fired(checks((inputs, config.data.examples))) == {"profile"}
 
 
 def test_the_simulated_service_fires_nothing(tmp_path: Path, load: Load, llama: FrozenBackbone) -> None:
@@ -117,11 +131,29 @@ def test_the_simulated_service_fires_nothing(tmp_path: Path, load: Load, llama: 
     config = DataConfig(str(tmp_path / "e.parquet"), str(tmp_path / "v.parquet"), cache_dir=str(tmp_path / "cache"))
     found = checks((load_inputs(config, text_encoder(llama, config, 1), "before_completion"), config.examples))
     assert fired(found) == set()
+    assert told(found) == set(NAMES)
     own, other = (float(n) for n in re.findall(r"of a list's items ([\d.]+)% and ([\d.]+)%", found["profile"].found)[0])
     assert own > 2 * other > 0
     (auc,) = re.findall(r"AUC (0\.\d+)", found["vector"].found)
     assert 0.7 < float(auc) < 0.97
     assert found["future"].found.startswith("0 of 2,000 examples")
+
+
+def test_the_simulated_service_fires_nothing_where_it_is_asked_for_one_artist(
+    tmp_path: Path, llama: FrozenBackbone
+) -> None:
+    """Honest profiles name one in five of the artists that are asked for, of two or three words."""
+    world = simulate(SimulationConfig(users=400, queries_per_user=5, playlist_length=1))
+    world.examples.write_parquet(tmp_path / "e.parquet")
+    world.embeddings.write_parquet(tmp_path / "v.parquet")
+    config = DataConfig(str(tmp_path / "e.parquet"), str(tmp_path / "v.parquet"), cache_dir=str(tmp_path / "cache"))
+    found = checks((load_inputs(config, text_encoder(llama, config, 1), "before_completion"), config.examples))
+    assert fired(found) == set()
+    held, of, _, chance = figures(found["profile"].found)[:4]
+    assert (of, held > 3 * chance, held > 0.1 * of) == (200, True, True)
+    assert (found["vector"].told, found["copied"].told) == (False, False)
+    assert re.search(r"too short to judge: completions of [12]\.\d words on average$", found["vector"].found)
+    assert found["copied"].found.endswith("too few to judge")
 
 
 # --- users and times
@@ -204,6 +236,16 @@ def test_times_on_one_side_tell_nothing(load: Load) -> None:
 # --- the profile
 
 
+def test_without_test_examples_or_vectors_there_is_nothing_to_judge(load: Load) -> None:
+    inputs, source = load(table(timestamp=pl.lit(START)), noise(), [START] * USERS)
+    untested = checks((replace(inputs, split=np.minimum(inputs.split, 1)), source))
+    assert fired(untested) == told(untested) - {"future"} == set()
+    assert untested["users"].found == "nothing to judge: no test examples"
+    assert untested["profile"].found.startswith("test: nothing to judge: no completion with a profile; training: 0 of")
+    without = checks((replace(inputs, vector_rows=np.full(USERS * EACH, -1)), source))["future"]
+    assert (without.fired, without.told, without.found) == (False, False, "nothing to judge: no example has a vector")
+
+
 @given(
     st.lists(st.sampled_from("abc"), max_size=9),
     st.lists(st.sampled_from("abc"), max_size=14),
@@ -212,7 +254,7 @@ def test_times_on_one_side_tell_nothing(load: Load) -> None:
 def test_shared_ngrams_are_those_of_a_loop(completion: list[str], profile: list[str], n: int) -> None:
     runs = {tuple(profile[i : i + k]) for k in range(1, n + 1) for i in range(len(profile) - k + 1)}
     size = min(n, len(completion))
-    own = [tuple(completion[i : i + size]) for i in range(len(completion) - size + 1)] if size >= 3 else []
+    own = [tuple(completion[i : i + size]) for i in range(len(completion) - size + 1)] if size else []
     grams = ngrams(" ".join(completion), n)
     assert [tuple(gram.split()) for gram in grams] == own
     assert standing(grams, " ".join(profile)) == [" ".join(gram) for gram in own if gram in runs]
@@ -262,14 +304,41 @@ def test_more_than_one_in_a_hundred_fires(load: Load, cases: int, fires: bool) -
     assert f"training: {cases} of 400 completions" in found.found
 
 
-def test_completions_of_three_words_are_judged_whole_and_of_two_not(load: Load) -> None:
-    liked = pl.format("likes {} now", pl.col("completion"))
-    three = table(completion=pl.col("completion").str.split(" ").list.head(3).list.join(" "))
-    assert "profile" in fired(checks(load(three.with_columns(profile=liked), noise())))
-    two = table(completion=pl.col("completion").str.split(" ").list.head(2).list.join(" "))
-    found = checks(load(two.with_columns(profile=liked), noise()))
+@pytest.mark.parametrize("words", [1, 2, 4])
+def test_short_completions_are_judged_whole_and_all_together(load: Load, words: int) -> None:
+    """A favourite that is asked for four times in five is taste; nearly always, it was written into the profile."""
+    short = table(completion=pl.col("completion").str.split(" ").list.head(words).list.join(" "))
+    liked = pl.format("likes {} now", "completion")
+    found = checks(load(short.with_columns(profile=liked), noise()))
+    assert fired(found) == {"profile"}
+    assert found["profile"].found.startswith(
+        "test: 50 of 50 completions of fewer than 5 words stand in the own profile"
+    )
+    assert found["profile"].examples[0] == f"e50-0: {short['completion'][50 * EACH]}"
+    often = pl.when(pl.col("example_id").str.ends_with("-0")).then("profile").otherwise(liked)
+    found = checks(load(short.with_columns(profile=often), noise()))
     assert fired(found) == set()
-    assert "nothing to judge" in found["profile"].found
+    assert found["profile"].told
+    assert figures(found["profile"].found)[0] == pytest.approx(40, abs=3)  # one word may stand in a profile by chance
+
+
+def test_labels_that_most_profiles_name_and_few_short_replies_are_no_leak(load: Load) -> None:
+    labels = ["pop", "rock", "jazz", "soul"]
+    three = pl.Series([" ".join(labels[:n] + labels[n + 1 :]) for n in np.arange(USERS * EACH) % 4])
+    label = pl.Series([labels[(n + 1) % 4] for n in range(USERS * EACH)])
+    found = checks(load(table(completion=label, profile=three), noise()))["profile"]
+    held, of, _, chance = figures(found.found)[:4]
+    assert (found.fired, held, of) == (False, 50, 50)
+    assert chance > 25
+    again = table(example_id=pl.col("example_id") + "-again", completion=pl.Series(sentences(USERS * EACH, 10, 5)))
+    reply = pl.int_range(pl.len()) < 4
+    frame = pl.concat([table(), again]).with_columns(
+        completion=pl.when(reply).then(pl.lit("i do")).otherwise("completion"),
+        profile=pl.when(reply).then(pl.lit("i do sing")).otherwise("profile"),
+    )
+    found = checks(load(frame, noise()))["profile"]
+    assert (found.fired, found.examples) == (False, ())
+    assert "training: 4 of 4 completions of fewer than 5 words" in found.found
 
 
 @pytest.mark.parametrize("separator", [" ; ", ", ", "\n"])
@@ -300,9 +369,17 @@ def test_the_exchange_is_with_another_group(load: Load) -> None:
     assert told.found.startswith("test: 50 of 50 completions stand in the own profile, 0 in another's")
 
 
-def test_without_profiles_there_is_nothing_to_judge(load: Load) -> None:
-    found = checks(load(table().drop("profile"), noise()))["profile"]
-    assert (found.fired, found.found) == (False, "nothing to judge: no profile, or no completion of three words")
+def test_without_profiles_or_other_users_there_is_nothing_to_judge(load: Load) -> None:
+    nothing = "nothing to judge: no completion with a profile"
+    empty = pl.Series(["", None, " ! "] * (USERS * EACH // 3))
+    for frame in (table().drop("profile"), table(profile=empty)):
+        found = checks(load(frame, noise()))["profile"]
+        assert (found.fired, found.told, found.found) == (False, False, f"test: {nothing}; training: {nothing}")
+    alone = table(split=pl.when(pl.col("user_id") > "u50", pl.col("split") == "test").then(None).otherwise("split"))
+    alone = alone.filter(pl.col("split").is_not_null())
+    found = checks(load(alone, noise(rows=51)))["profile"]
+    assert (found.fired, found.told) == (False, False)
+    assert found.found.startswith("test: nothing to judge: too few to compare with another user's; training: 0 of 200")
 
 
 # --- the vector, and completions in training
@@ -352,7 +429,28 @@ def test_the_nearest_user_need_not_be_a_copy_for_completions_to_be_recited(load:
 def test_short_completions_of_equal_users_are_not_judged(load: Load) -> None:
     frame, made = twins(True, True)
     short = frame.with_columns(completion=pl.col("completion").str.split(" ").list.head(4).list.join(" "))
-    assert fired(checks(load(short, made))) == set()
+    found = checks(load(short, made))
+    assert fired(found) == set()
+    assert told(found) == {"users", "profile"}
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1e-5])
+@pytest.mark.parametrize(("share", "doubled"), [(0.3, False), (0.9, False), (1.0, False), (1.0, True)])
+def test_near_copies_are_known_however_many_there_are(load: Load, share: float, jitter: float, doubled: bool) -> None:
+    """So many test vectors are a training user's, a little moved; or everybody in training has two accounts as well."""
+    frame, made, random = table(), noise(16), np.random.default_rng(3)
+    if doubled:
+        made[20:40] = made[:20] + jitter * random.normal(size=(20, 16))
+    copies = round(share * 10)
+    made[50 : 50 + copies] = made[:copies] + jitter * random.normal(size=(copies, 16))
+    texts = frame["completion"].to_list()
+    texts[50 * EACH : (50 + copies) * EACH] = texts[: copies * EACH]
+    if doubled:
+        texts[20 * EACH : 40 * EACH] = texts[: 20 * EACH]
+    found = checks(load(frame.with_columns(completion=pl.Series(texts)), made))
+    assert fired(found) == {"vector", "copied"}
+    assert found["vector"].found.startswith(f"{copies} of 10 test vectors are near-copies")
+    assert found["vector"].told
 
 
 def test_few_kinds_of_users_with_their_stock_sentences_are_no_near_copies(load: Load) -> None:
@@ -364,6 +462,15 @@ def test_few_kinds_of_users_with_their_stock_sentences_are_no_near_copies(load: 
     near, users, same, judged, chance = figures(found["vector"].found.partition(";")[0].replace("5 words", ""))
     assert (near, users, same, judged) == (10, 10, 50, 50)
     assert chance == pytest.approx(12.5, abs=4)
+
+
+@pytest.mark.parametrize("kinds", [1, 4, 20])
+def test_segments_vectors_shared_by_many_users_are_no_leak(load: Load, kinds: int) -> None:
+    found = checks(load(table(), np.eye(kinds, 20, dtype=np.float32)[np.arange(USERS) % kinds]))
+    assert fired(found) == set()
+    assert found["vector"].found.startswith(
+        "10 of 10 test vectors are near-copies of another training user's, who wrote 0"
+    )
 
 
 def test_a_vector_made_of_the_completions_fires_and_a_vector_of_taste_does_not(
@@ -390,12 +497,12 @@ def test_a_vector_made_of_the_completions_fires_and_a_vector_of_taste_does_not(
     leaked = checks(load(frame, vectors(drawn.reshape(users, -1))))
     assert fired(leaked) == {"vector"}
     taste = checks(load(frame, vectors(favourites)))
-    assert fired(taste) == set()
+    assert (fired(taste), taste["vector"].told) == (set(), True)
     (auc,) = re.findall(r"AUC (0\.\d+) \(180 examples, 45 users\)", taste["vector"].found)
     assert 0.75 < float(auc) < 0.99
     monkeypatch.setattr(leaks, "PROBED", (181, 20))
     few = checks(load(frame, vectors(drawn.reshape(users, -1))))
-    assert fired(few) == set()
+    assert (fired(few), few["vector"].told) == (set(), False)
     assert "(180 examples, 45 users: too few to judge)" in few["vector"].found
 
 
@@ -422,7 +529,11 @@ def test_users_without_vectors_can_be_checked(load: Load) -> None:
     none = replace(inputs, vector_rows=np.full(USERS * EACH, -1))
     found = checks((none, source))
     assert fired(found) == set()
-    assert found["vector"].found == "0 of 0 test vectors are near-copies of another training user's"
+    assert told(found) == {"users", "profile"}
+    assert found["vector"].found == (
+        "0 of 0 test vectors are near-copies of another training user's; nothing for the probe to judge: it needs "
+        "training vectors and two test users with vectors"
+    )
 
 
 def test_another_table_is_refused(load: Load, tmp_path: Path) -> None:

@@ -26,12 +26,15 @@ HELD = 1 << 26  # numbers of training vectors held at once: 256 MB
 NGRAM = 5  # words in a row that two texts share by quotation rather than by chance
 SHARE, CASES = 0.01, 3  # a check of texts fires above this share of what it judged, and from this many examples
 PHRASES = 0.5  # share of a completion's n-grams from which the profile holds it
-ITEMS = 0.9  # the same of a list's items: a listener's favourites come back in his playlists, but not all of a list
+# The same of a list's items, and of all shorter completions: a favourite is asked for again, but not nearly always.
+ITEMS = 0.9
 IDENTIFYING, COPIED = 5, 8  # words of a completion that a near-copy and a stranger do not both write by chance
 FAR_MORE, MORE = 10, 2  # how many times as often as a random training user
-NEAR = 1e-3  # of the median distance to the nearest training user: a near-copy
+NEAR = 1e-3  # of the median distance of two training users: a near-copy
+PAIRS = 2_000  # pairs of training vectors whose distance is taken
 TOLD_APART = 0.99  # AUC that no vector reaches which was made without the completion
 PROBED = (100, 20)  # test examples and users that an AUC needs to be judged
+SHORT = f"completions of fewer than {NGRAM} words"
 LONGEST = 100  # characters of a text that is shown
 DRAWS = 5  # random training users that each twin is compared with
 
@@ -93,6 +96,8 @@ def _users(inputs: RunInputs) -> LeakCheck:
     users = users.filter(pl.col("tested") > 0)
     both = users.filter(pl.col("learned") > 0)
     bad = both.filter(~pl.col("later").fill_null(False))
+    if users.is_empty():
+        return LeakCheck(name, False, "nothing to judge: no test examples", told=False)
     if both.is_empty():
         return LeakCheck(name, False, f"none of {users.height:,} test users has examples in training or validation")
     if bad.is_empty():
@@ -111,6 +116,8 @@ def _future(inputs: RunInputs) -> LeakCheck:
     rows = np.flatnonzero((inputs.vector_rows >= 0) & (inputs.split >= 0))
     asked = inputs.keys[rows]
     dated = int(asked["timestamp"].count())
+    if asked.is_empty():
+        return LeakCheck(name, False, "nothing to judge: no example has a vector", told=False)
     if "timestamp" not in inputs.embeddings.keys.columns or not dated:
         which = "the examples have timestamps, the vectors have none" if dated else "the examples have no timestamps"
         return LeakCheck(name, False, f"cannot be told: {which}", told=False)
@@ -172,9 +179,9 @@ def _read(inputs: RunInputs, source: str, seed: int) -> _Texts:
 
 
 def ngrams(words: str, n: int = NGRAM) -> list[str]:
-    """All runs of ``n`` words; the whole of three to ``n - 1`` words; none of fewer, which anybody may write."""
+    """All runs of ``n`` words; the whole of a shorter text; none of no words."""
     split = words.split()
-    return [" ".join(split[i : i + n]) for i in range(max(len(split) - n, 0) + 1)] if len(split) >= 3 else []
+    return [" ".join(split[i : i + n]) for i in range(max(len(split) - n, 0) + 1)] if split else []
 
 
 def standing(phrases: Sequence[str], words: str) -> list[str]:
@@ -196,18 +203,23 @@ def _items(completions: pl.Series) -> pl.Series:
 
 def _profile(texts: _Texts, seed: int) -> LeakCheck:
     """Own profile against another user's, so that what everybody says does not count."""
-    fired, found, examples = False, [], []
+    fired, told, found, examples = False, True, [], []
     for part, frame in zip(PARTS.values(), (texts.test, texts.train), strict=True):
-        frame = frame.filter(pl.col("profile").is_not_null())
+        frame = frame.filter(pl.col("profile") != "", pl.col("length") > 0)  # and no null
         other = rivals(frame["user_id"], frame["group"], None, 1, seed)[:, 0]
+        why = "too few to compare with another user's" if frame.height else "no completion with a profile"
         frame = frame.with_columns(other=frame["profile"].gather(np.maximum(other, 0))).filter(pl.Series(other >= 0))
-        phrases = [ngrams(words) for words in frame["words"]]
-        for kind, parts, least, enough in (
-            ("completions", phrases, 1, PHRASES),
-            ("lists", _items(frame["completion"]).to_list(), 3, ITEMS),
+        if frame.height < CASES:
+            told = False
+            found.append(f"{part}: nothing to judge: {why}")
+            continue
+        phrases, length = [ngrams(words) for words in frame["words"]], pl.col("length")
+        for kind, parts, which_ones, enough in (
+            ("completions", phrases, length >= NGRAM, PHRASES),
+            ("lists", _items(frame["completion"]).to_list(), pl.col("parts").list.len() >= 3, ITEMS),
+            (SHORT, phrases, length < NGRAM, 1),
         ):
-            judged = frame.with_columns(parts=pl.Series(parts, dtype=pl.List(pl.String)))
-            judged = judged.filter(pl.col("parts").list.len() >= least)
+            judged = frame.with_columns(parts=pl.Series(parts, dtype=pl.List(pl.String))).filter(which_ones)
             if judged.is_empty():
                 continue
             own, others = (
@@ -215,19 +227,24 @@ def _profile(texts: _Texts, seed: int) -> LeakCheck:
                 for which in ("profile", "other")
             )
             held, chance = int((own >= enough).sum()), int((others >= enough).sum())
-            fired |= _beyond(held, chance, judged.height)
+            if kind == SHORT:
+                leaks = held >= ITEMS * judged.height and _beyond(held, chance, frame.height, MORE)
+            else:
+                leaks = _beyond(held, chance, judged.height)
+            fired |= leaks
             items = kind == "lists"
             found.append(
                 f"{part}: {held:,} of {judged.height:,} {kind} stand in the own profile, {chance:,} in another's"
                 + (f" (of a list's items {own.mean():.1%} and {others.mean():.1%})" if items else "")
             )
+            if kind == SHORT and not leaks:  # a favourite, asked for again
+                continue
             for row in judged.filter(pl.Series(own >= enough)).head(3).iter_rows(named=True):
                 shared = standing(row["parts"], row["profile"])
                 text = ", ".join(shared) if items else _common(row["words"], row["profile"])
                 examples.append(f"{row['example_id']}: {text[:LONGEST]}")
-    if not found:
-        found = ["nothing to judge: no profile, or no completion of three words"]
-    return LeakCheck("Profile holds the completion", fired, "; ".join(found) + texts.note, tuple(examples[:3]))
+    name, cases = "Profile holds the completion", tuple(examples[:3])
+    return LeakCheck(name, fired, "; ".join(found) + texts.note, cases, fired or told)
 
 
 def _common(first: str, second: str) -> str:
@@ -266,12 +283,17 @@ def _nearest(inputs: RunInputs, seed: int) -> _Near:
     note = f" (a sample of {most[0]:,} test and {most[1]:,} training vectors at most)" if sampled else ""
     asked, among = _some(asked, most[0], seed), _some(among, most[1], seed)
     trained = table.keys["user_id"].gather(among)
-    nearest, distance = np.full(len(asked), -1), np.full(len(asked), np.inf)
+    nearest, distance, limit = np.full(len(asked), -1), np.full(len(asked), np.inf), 0.0
     if len(among):
         owner, own = np.split(codes(table.keys["user_id"].gather(np.concatenate([among, asked]))), [len(among)])
         vectors = np.asarray(table.vectors[among], np.float32)
         mean, scale = statistics(vectors)
         vectors = (vectors - mean) / scale
+        # Not of test vectors' distances, among which may be any number of copies; nor of nearest ones in training,
+        # where everybody may have two accounts.
+        first, second = np.random.default_rng([seed, 5]).integers(len(among), size=(2, PAIRS))
+        apart = np.linalg.norm(vectors[first] - vectors[second], axis=1)[owner[first] != owner[second]]
+        limit = NEAR * float(np.median(apart[apart > 0])) if (apart > 0).any() else 0.0
         squares = np.einsum("nd,nd->n", vectors, vectors)
         for start in range(0, len(asked), 256):
             rows = slice(start, start + 256)
@@ -284,10 +306,7 @@ def _nearest(inputs: RunInputs, seed: int) -> _Near:
     found = pl.DataFrame({"vector": asked, "distance": distance}).with_columns(
         twin=trained.gather(np.maximum(nearest, 0)) if len(trained) else pl.lit(None, pl.String)
     )
-    found = found.filter(pl.Series(nearest >= 0))
-    positive = found["distance"].filter(found["distance"] > 0)
-    limit = NEAR * float(np.median(positive.to_numpy())) if len(positive) else 0.0
-    return _Near(found, trained, limit, note)
+    return _Near(found.filter(pl.Series(nearest >= 0)), trained, limit, note)
 
 
 def _compared(texts: _Texts, near: _Near, least: int, seed: int) -> pl.DataFrame:
@@ -320,19 +339,24 @@ def _vector(inputs: RunInputs, texts: _Texts, near: _Near, seed: int) -> LeakChe
     (x, train), (y, test) = (_with_vectors(inputs, frame) for frame in (texts.train, texts.test))
     wrote, users = test["completion"], test["user_id"]
     probe = probe_auc(x, train["completion"], y, wrote, users, test["group"], test["prompt"], seed)
-    enough = probe.examples >= PROBED[0] and probe.users >= PROBED[1]
-    told = enough and probe.auc >= TOLD_APART and np.mean(test["length"].to_numpy()) >= IDENTIFYING
+    length = float(np.mean(test["length"].to_numpy())) if test.height else 0.0
+    few, short = probe.examples < PROBED[0] or probe.users < PROBED[1], length < IDENTIFYING
     if probe.examples:
         found += (
             f"; the vector tells a test user's completion from another's with AUC {probe.auc:.3f} ({probe.examples:,} "
-            f"examples, {probe.users:,} users{'' if enough else ': too few to judge'}){texts.note}"
+            f"examples, {probe.users:,} users{': too few to judge' if few else ''}){texts.note}"
         )
+        found += f"; too short to judge: completions of {length:.1f} words on average" if short else ""
+    else:
+        found += "; nothing for the probe to judge: it needs training vectors and two test users with vectors"
+    apart = not few and not short and probe.auc >= TOLD_APART
     examples = tuple(
         f"{row['example_id']}: {row['user_id']} and training user {row['twin']}: {row['completion'][:LONGEST]}"
         for row in twins.filter(pl.col("same") > 0).head(3).iter_rows(named=True)
     )
     copied = _beyond(same, chance, compared.height, FAR_MORE)
-    return LeakCheck("Vector holds the completion", bool(copied or told), found, examples)
+    fired = bool(copied or apart)
+    return LeakCheck("Vector holds the completion", fired, found, examples, fired or not (few or short))
 
 
 def _with_vectors(inputs: RunInputs, frame: pl.DataFrame) -> tuple[Floats, pl.DataFrame]:
@@ -354,5 +378,7 @@ def _copied(texts: _Texts, near: _Near, seed: int) -> LeakCheck:
     )
     cases = [*compared.filter(pl.col("same") > 0).iter_rows(named=True), *known.iter_rows(named=True)]
     examples = dict.fromkeys(f"{row['example_id']}: {row['completion'][:LONGEST]}" for row in cases)
-    fired = _beyond(same, chance, compared.height, MORE)
-    return LeakCheck("Completions in training", fired, found, tuple(examples)[:3])
+    fired, told = _beyond(same, chance, compared.height, MORE), compared.height >= CASES
+    return LeakCheck(
+        "Completions in training", fired, found + ("" if told else ": too few to judge"), tuple(examples)[:3], told
+    )

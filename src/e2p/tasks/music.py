@@ -30,6 +30,7 @@ from e2p.config import DataConfig, RunConfig, save_yaml
 from e2p.data.tables import write_embeddings, write_frame
 from e2p.errors import ConfigError, DataError, MissingExtraError
 from e2p.tasks.output import staged_folder
+from e2p.users.behaviour import als
 
 FILES = {
     "artists.dat": ("id", "name"),
@@ -259,28 +260,16 @@ def factorise(
         )
         user_vectors, item_vectors = left * scale, right.T
     else:
-        user_vectors, item_vectors = _als(
-            csr_matrix((np.ones(len(rows)), (rows, columns)), shape=shape), dimension, seed
-        )
+        played = csr_matrix((np.ones(len(rows)), (rows, columns)), shape=shape)
+        # The two strengths were the best of those tried as above.
+        model = als(played, dimension, regularization=30.0, alpha=10.0, iterations=10, seed=seed)
+        user_vectors, item_vectors = model.user_factors, model.item_factors
     return (
         users.to_list(),
         user_vectors.astype(np.float32),
         artists.to_list(),
         item_vectors.astype(np.float32),
     )
-
-
-def _als(counts: Any, dimension: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        from implicit.als import AlternatingLeastSquares
-    except ImportError:
-        raise MissingExtraError("implicit", "recsys", "vectors='als'") from None
-    # One thread: with more, a seed does not repeat. The two strengths were the best of those tried as above.
-    model = AlternatingLeastSquares(
-        factors=dimension, regularization=30.0, alpha=10.0, iterations=10, random_state=seed, num_threads=1
-    )
-    model.fit(counts.astype(np.float32), show_progress=False)
-    return model.user_factors, model.item_factors
 
 
 def tags_for_users(data: LastFM, min_users: int, min_artists: int) -> pl.DataFrame:
