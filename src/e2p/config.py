@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -299,6 +299,7 @@ def from_namespace(parser: Any, namespace: Any) -> RunConfig:
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Build a run's settings from plain values; unknown keys and wrong types raise ConfigError with their name."""
+    _refuse_nothing(RunConfig, values)
     parser = config_parser()
     try:
         return from_namespace(parser, parser.parse_object(dict(values)))
@@ -306,6 +307,17 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         raise
     except Exception as error:  # jsonargparse raises ArgumentError, TypeError and its own kinds for a bad value
         raise ConfigError(" ".join(str(error).split())) from None
+
+
+def _refuse_nothing(kind: type, values: Mapping[str, Any], above: str = "") -> None:
+    """A setting that is named and left empty is a slip, where nothing is no value: the parser lets it pass."""
+    for name, hint in get_type_hints(kind).items():
+        if name not in values:
+            continue
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(values[name], Mapping):
+            _refuse_nothing(hint, values[name], f"{above}{name}.")
+        elif values[name] is None and type(None) not in get_args(hint):
+            raise ConfigError(f"{above}{name}: expected a value, got nothing; fill it or leave the line out")
 
 
 def preset_path(name: str) -> Path:

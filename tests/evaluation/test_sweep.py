@@ -76,6 +76,7 @@ def test_one_setting_at_a_time_then_variants_then_every_combination(base: RunCon
         ({"nowhere.at.all": 3}, "nowhere.at.all: expected a setting"),
         ({"projector.hidden_dim": 0}, "projector.hidden_dim: expected a whole number >= 1"),
         ({"projector.hidden_dim": "wide"}, "hidden_dim"),
+        ({"projector.hidden_dim": None}, "projector.hidden_dim: expected a value, got nothing"),
     ],
 )
 def test_an_unknown_setting_or_a_wrong_value_is_refused(base: RunConfig, settings: Any, message: str) -> None:
