@@ -273,6 +273,15 @@ def test_scores_from_anywhere_are_read(tmp_path: Path) -> None:
         (simulated(PERSONAL).drop("arm", "value"), DataError, "missing: arm, value"),
         (simulated(PERSONAL).with_columns(value=pl.lit("much")), DataError, "expected texts and numbers"),
         (simulated(PERSONAL).with_columns(user_id=pl.lit(None)), DataError, "user_id: expected a text in every row"),
+        *(
+            (simulated(PERSONAL).with_columns(seed=seed), DataError, "seed: expected a whole number in every row")
+            for seed in (
+                pl.lit("first"),
+                pl.lit(1.5),
+                pl.when(pl.col("example_id") != "x003").then(1),
+                pl.lit(None),
+            )
+        ),
     ],
 )
 def test_unfit_files_are_named(
@@ -283,6 +292,40 @@ def test_unfit_files_are_named(
     with pytest.raises(error, match=message) as caught:
         load_scored(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_seed_may_be_written_in_any_way(tmp_path: Path) -> None:
+    for seed in (pl.lit("7"), pl.lit(7.0), pl.lit(7, pl.UInt8)):
+        simulated(PERSONAL).with_columns(seed=seed).write_parquet(tmp_path / "scores.parquet")
+        assert [one.seed for one in load_scored(tmp_path)] == [7]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"activity": ["low", "high", "high"] * 30}, "activity: expected numbers, got String"),
+        (
+            {"activity": range(90), "example_id": ["x000"] * 2 + [f"x{i:03}" for i in range(2, 90)]},
+            "'x000' stands there",
+        ),
+    ],
+)
+def test_unfit_covariates_are_named(column: dict[str, Any], message: str, tmp_path: Path) -> None:
+    simulated(PERSONAL).write_parquet(tmp_path / "scores.parquet")
+    covariates = pl.DataFrame({"example_id": [f"x{i:03}" for i in range(90)]} | column)
+    covariates.write_parquet(tmp_path / "covariates.parquet")
+    with pytest.raises(DataError, match=rf"covariates\.parquet: .*{message}"):
+        load_scored(tmp_path)
+
+
+def test_scores_from_two_folders_of_one_name_are_two_experiments(tmp_path: Path) -> None:
+    for place, seed in (("a", 1), ("b", 2)):
+        (tmp_path / place / "mine").mkdir(parents=True)
+        both = [simulated(PERSONAL).with_columns(seed=pl.lit(seed + more)) for more in (0, 10)]
+        pl.concat(both).write_parquet(tmp_path / place / "mine" / "scores.parquet")
+    found = [*load_scored(tmp_path / "a" / "mine"), *load_scored(tmp_path / "b" / "mine")]
+    assert {one.name for one in found} == {"mine"}
+    assert [[one.seed for one in group] for group in experiments(found)] == [[1, 11], [2, 12]]
 
 
 def test_the_audit_loads_no_model() -> None:

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from e2p.config import RunConfig
 from e2p.data.tables import write_embeddings
+from e2p.errors import DataError
 from e2p.evaluation import breakdowns as breakdowns_module
-from e2p.evaluation.breakdowns import breakdowns, covariates, terciles
-from e2p.evaluation.significance import cluster_bootstrap
+from e2p.evaluation.breakdowns import breakdowns, covariates, gains, terciles
+from e2p.evaluation.significance import cluster_bootstrap, compare
 from e2p.training.inputs import RunInputs
 from tiny_run import examples_frame, inputs_of, tiny_run
 
@@ -103,6 +104,50 @@ def test_without_controls_or_covariates_there_is_nothing_to_break_down() -> None
     assert sum(b["examples"] for b in breakdowns(wide, known, 100)[0]["bins"]) == 8
 
 
+def test_what_is_not_a_number_costs_its_example_alone() -> None:
+    wide, by = example_wide()
+    for hole in (float("nan"), float("inf")):
+        holes = by.with_columns(activity=pl.when(pl.col("activity") > 2).then(pl.col("activity") * 1.0).otherwise(hole))
+        (found,) = breakdowns(wide, holes, 100)
+        assert sum(part["examples"] for part in found["bins"]) == 8
+
+
+def test_unfit_covariates_are_named() -> None:
+    wide, by = example_wide()
+    with pytest.raises(DataError, match="covariates: activity: expected numbers, got String"):
+        breakdowns(wide, by.with_columns(pl.col("activity").cast(pl.String)), 100)
+    with pytest.raises(DataError, match="covariates: example 'x03' stands there twice; expected one row for each"):
+        breakdowns(wide, pl.concat([by, by.filter(pl.col("example_id") == "x03")]), 100)
+    nameless = pl.concat([by, by.with_columns(example_id=pl.lit(None, pl.String))])
+    assert breakdowns(wide, nameless, 100) == breakdowns(wide, by, 100)
+
+
+def test_gains_by_user_are_means_over_his_examples() -> None:
+    wide, _ = example_wide()
+    found = gains(wide, "lower", 100)
+    assert (found["against"], found["by_user"]) == ("random", pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], rel=1e-5))
+    assert gains(wide, "higher", 100)["by_user"] == pytest.approx([-gain for gain in found["by_user"]])
+    bare = gains(wide.drop("random"), "lower", 100)
+    assert (bare["against"], bare["by_user"]) == ("none", pytest.approx([1, 2, 3, 4, 5, 6], rel=1e-5))
+    assert gains(wide.drop("e2p"), "lower", 100)["by_user"] == []
+    assert gains(wide.drop("none"), "lower", 100)["over_none"] == {}
+    assert gains(wide.select("example_id", "user_id", "none"), "lower", 100)["over_none"] == {}
+
+
+def test_gains_over_none_are_those_of_the_comparisons() -> None:
+    wide, _ = example_wide()
+    wide = wide.with_columns(tokens=pl.lit(4.0), mine=pl.col("e2p") + 0.5)
+    found = gains(wide, "lower", 400, 3)["over_none"]
+    assert set(found) == {"random", "e2p", "mine"}
+    (tested,) = (c for c in compare(wide, 400, 3) if c.name == "true minus none")
+    assert found["e2p"]["gain"] == pytest.approx(-tested.difference)
+    assert found["e2p"]["ci"] == pytest.approx([-end for end in reversed(tested.ci or ())])
+    boot = cluster_bootstrap((wide["none"] - wide["mine"]).to_numpy(), wide["user_id"].to_numpy(), 400, 3)
+    assert (found["mine"]["gain"], *found["mine"]["ci"]) == pytest.approx((boot.mean, boot.low, boot.high))
+    alone = gains(wide.with_columns(user_id=pl.lit("u")), "lower", 100)["over_none"]
+    assert [part["ci"] for part in alone.values()] == [None] * 3
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     """Vectors in general position; u19 has none, u05 and u18 share one, and u00 has examples in two parts."""
@@ -157,3 +202,24 @@ def test_many_training_vectors_are_thinned_out_evenly(config: RunConfig, monkeyp
     thin = covariates(inputs)["distance"].drop_nulls()
     assert len(thin) == len(full)
     assert not thin.equals(full)
+
+
+def test_wide_vectors_are_looked_for_in_a_projection(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users in far pairs: the projection finds the partner, and the distance from him is exact."""
+    random = np.random.default_rng(0)
+    pairs = random.normal(0, 5, (10, 600)).repeat(2, 0) + random.normal(0, 0.3, (20, 600))
+    order = random.permutation(20)
+    write_embeddings(config.data.embeddings, [f"u{u:02d}" for u in order], pairs.astype(np.float32))
+    _, inputs = inputs_of(config)
+    rows = inputs.rows("test").tolist()
+    projected = covariates(inputs)["distance"]
+    expected = [loop_distance(inputs, row) for row in rows]
+    partners = [distance for distance in expected if distance is not None and distance < 10]
+    assert partners
+    for found, exact in zip(projected, expected, strict=True):
+        assert exact is not None
+        assert exact - 1e-3 < found < exact * (1 + 1e-4 if exact < 10 else 1.15)
+    monkeypatch.setattr(breakdowns_module, "_WIDTH", 1)
+    poor = covariates(inputs)["distance"]
+    assert (poor > projected - 1e-3).all()
+    assert (poor > projected + 1).any()

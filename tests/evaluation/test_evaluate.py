@@ -53,6 +53,10 @@ def test_other_seeds_are_trained_judged_and_put_together(config: RunConfig, monk
         assert row["by_seed"] == pytest.approx(each)
         assert row["difference"] == pytest.approx(np.mean(each))
     assert len({results["arms"]["e2p"]["perplexity"] for results in alone}) == 2
+    gained = [[row["gains"]["over_none"]["e2p"]["gain"] for row in alone], joint["gains"]["over_none"]["e2p"]["gain"]]
+    assert gained[1] == pytest.approx(np.mean(gained[0]))
+    users = np.mean([results["gains"]["by_user"] for results in alone], axis=0)
+    assert joint["gains"]["by_user"] == pytest.approx(users, rel=1e-4, abs=1e-9)
     assert set(pl.read_parquet(run / "scores.parquet").columns) == {"example_id", "user_id", "arm", "metric", "value"}
 
     nothing_more(monkeypatch)
@@ -98,6 +102,54 @@ def test_a_seed_with_other_settings_is_refused_before_work(config: RunConfig, mo
     save_yaml(replace(config, training=other, output=str(folder)), folder / "config.yaml")
     nothing_more(monkeypatch)
     with pytest.raises(RunError, match=r"with another seed, got other training\.learning_rate; delete the folder"):
+        evaluate([str(run)], seeds=(44, 43))
+
+
+def test_how_it_is_judged_may_change(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is trained again; the seeds are scored anew, with the run's settings."""
+    run = Path(config.output)
+    train(config)
+    evaluate([str(run)], seeds=(43,))
+    changed = replace(config, evaluation=replace(config.evaluation, arms=("none", "random", "static", "e2p")))
+    save_yaml(changed, run / "config.yaml")
+    with monkeypatch.context() as patched:
+        patched.setattr("e2p.evaluation.judge.train_arm", None)
+        evaluate([str(run)], seeds=(43,))
+    for folder in (run, run / "seeds" / "43"):
+        assert "random" in load_results(folder)["arms"]
+        assert load_yaml(folder / "config.yaml").evaluation == changed.evaluation
+    assert load_yaml(run / "seeds" / "43" / "config.yaml").output == str(run / "seeds" / "43")
+    assert load_results(run)["seeds"] == [42, 43]
+    nothing_more(monkeypatch)
+    evaluate([str(run)], seeds=(43,))
+
+
+def test_scores_of_other_tables_are_not_reported(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, examples = Path(config.output), Path(config.data.examples)
+    train(config)
+    evaluate([str(run)], seeds=(43,))
+    table = examples.read_bytes()
+    pl.read_parquet(examples).with_columns(completion=pl.lit("home home")).write_parquet(examples)
+    for seeds in ((43,), (43, 44)):
+        with pytest.raises(RunError, match="run: expected the tables that it was trained on, got other examples"):
+            evaluate([str(run)], seeds=seeds)
+    assert not (run / "seeds" / "44").exists()  # nothing is trained in vain
+    examples.write_bytes(table)
+    nothing_more(monkeypatch)
+    evaluate([str(run)], seeds=(43,))
+    examples.unlink()  # scores outlive their tables
+    evaluate([str(run)], seeds=(43,))
+
+
+def test_controls_of_other_tables_are_found_before_work(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Path(config.output)
+    train(config)
+    evaluate([str(run)], seeds=(43,))
+    (run / "seeds" / "43" / "scored.json").unlink()
+    hashes = run / "seeds" / "43" / "controls" / "static" / "inputs.json"
+    hashes.write_text(hashes.read_text(encoding="utf-8").replace('"examples": "', '"examples": "x'), encoding="utf-8")
+    monkeypatch.setattr("e2p.evaluation.judge.train_arm", None)
+    with pytest.raises(RunError, match="static: expected the tables that it was trained on, got other examples"):
         evaluate([str(run)], seeds=(44, 43))
 
 
@@ -199,6 +251,45 @@ def test_runs_are_laid_side_by_side(
     folder_of_scores(Path("c/run"), 0.1, 5, **about(1, "after_bos"))
     with pytest.raises(DataError, match="'a/run' and 'c/run' are one experiment with the same training seed, 1"):
         evaluate(["a/run", "c/run"])
+
+
+def test_folders_that_bear_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [folder_of_scores(tmp_path / exp / "runs" / "mine", gain) for exp, gain in (("one", 0.2), ("two", -0.2))]
+    for seed, folder in enumerate(folders):
+        path = Path(folder, "scores.parquet")
+        pl.read_parquet(path).with_columns(seed=pl.lit(seed)).write_parquet(path)
+    evaluate([*folders, folder_of_scores(tmp_path / "theirs", 0.1)], output=str(tmp_path / "out"))
+    audited = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))["experiments"]
+    assert [(one["run"], one["verdict"].split(":")[0]) for one in audited] == [
+        ("one/runs/mine", "personalised"),
+        ("two/runs/mine", "harmful"),
+        (f"{tmp_path.name}/theirs", "personalised"),
+    ]
+
+
+def test_a_direction_for_what_is_not_measured_is_refused(tmp_path: Path) -> None:
+    folder = folder_of_scores(tmp_path / "mine", 0.2, metric="accuracy")
+    with pytest.raises(DataError, match=r"--better\.acuracy: expected a metric of the scores \(accuracy\)"):
+        evaluate([folder], better={"acuracy": "lower"})
+    assert not Path(folder, "results.json").exists()
+    other = folder_of_scores(tmp_path / "theirs", 0.2, metric="dwell_time")
+    evaluate([folder, other], better={"dwell_time": "higher"})
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"metric": pl.lit("nats_per_token")}, "nats per token"),
+        ({"value": pl.col("value").cast(pl.String)}, "HitRate@10"),
+    ],
+)
+def test_scores_in_other_clothes_get_their_report(change: dict[str, Any], shown: str, tmp_path: Path) -> None:
+    path = Path(folder_of_scores(tmp_path / "theirs", 0.2), "scores.parquet")
+    pl.read_parquet(path).with_columns(**change).write_parquet(path)
+    evaluate([str(path.parent)])
+    text = (path.parent / "report.md").read_text(encoding="utf-8")
+    assert shown in text
+    assert "Gain by user" in text
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 from matplotlib.text import Text
 
-from e2p.errors import DataError
+from e2p.evaluation.breakdowns import gains
 from e2p.evaluation.curves import draw_learning
 from e2p.evaluation.figures import (
     Gain,
@@ -25,13 +25,12 @@ from e2p.evaluation.figures import (
     draw_differences,
     draw_gains,
     draw_sweep,
-    gains_by_user,
     gains_over_none,
     spread,
 )
 from e2p.evaluation.figures_space import draw_likeness, draw_space
 from e2p.evaluation.look import TONES, Picture, short
-from e2p.evaluation.significance import Comparison, cluster_bootstrap, compare
+from e2p.evaluation.significance import Comparison, compare
 from e2p.evaluation.tables import Metric
 
 NATS = Metric("nats_per_token", "nats per token", "lower")
@@ -101,53 +100,33 @@ def places(picture: Picture, names: Sequence[str]) -> list[float]:
     return [found[name] for name in names]
 
 
-def test_gains_by_user_are_means_over_his_examples() -> None:
-    table = wide(random=3.0, e2p=2.8, none=4.0)
-    found = gains_by_user(table, NATS)
-    assert found is not None
-    against, gains = found
-    difference = (table["random"] - table["e2p"]).to_list()
-    assert against == "random"
-    assert list(gains) == pytest.approx([difference[0], sum(difference[1:3]) / 2, sum(difference[3:]) / 3])
-    higher = gains_by_user(table, ROUGE)
-    assert higher is not None
-    assert list(higher[1]) == pytest.approx(list(-gains))
-    assert gains_by_user(table.drop("random"), NATS)[0] == "none"  # type: ignore[index]
-    assert gains_by_user(table.select("example_id", "user_id", "e2p"), NATS) is None
-    assert gains_by_user(None, NATS) is None
-
-
-def test_gains_over_none_with_scores() -> None:
+def test_gains_over_none_are_the_results_own() -> None:
     table = wide(none=4.0, prompt=3.5, random=3.2, e2p=3.0)
-    cost = {"none": 0.0, "prompt": 40.0, "random": 1.0, "e2p": 1.0}
-    arms = {arm: {"nats_per_token": 0.0, "context_tokens": tokens} for arm, tokens in cost.items()}
-    comparisons = compare(table, 500, 1)
-    found = {gain.arm: gain for gain in gains_over_none(arms, comparisons, table, NATS)}
-    assert set(found) == {"prompt", "random", "e2p"}
-    for arm, gain in found.items():
-        assert gain.tokens == cost[arm]
-        assert gain.gain == pytest.approx(float((table["none"] - table[arm]).mean()))  # type: ignore[arg-type]
-    tested = {c.arm: c for c in comparisons if c.against == "none"}
-    for arm in ("prompt", "e2p"):  # the interval of the table, turned round
-        assert found[arm].ci == pytest.approx((-tested[arm].ci[1], -tested[arm].ci[0]))  # type: ignore[index]
-    boot = cluster_bootstrap((table["none"] - table["random"]).to_numpy(), table["user_id"].to_numpy(), 2000, 42)
-    assert found["random"].ci == pytest.approx((boot.low, boot.high))
+    arms = {arm: {"nats_per_token": 0.0, "context_tokens": 40.0} for arm in ("none", "prompt", "random", "e2p")}
+    arms["random"]["context_tokens"] = 1.0
+    told = gains(table, "lower", 500, 1)
+    found = gains_over_none(arms | {"outside": {"nats_per_token": 0.0}}, told, NATS)
+    assert [(gain.arm, gain.tokens) for gain in found] == [("prompt", 40.0), ("random", 1.0), ("e2p", 40.0)]
+    for gain in found:
+        one = told["over_none"][gain.arm]
+        assert (gain.gain, [*(gain.ci or ())]) == (one["gain"], one["ci"])
+        assert gain.gain == pytest.approx(float((table["none"] - table[gain.arm]).mean()))  # type: ignore[arg-type]
 
 
-def test_gains_over_none_without_scores() -> None:
+def test_gains_over_none_of_older_results() -> None:
     arms: dict[str, Any] = {
         "none": {"nats_per_token": 2.0, "perplexity_ci": None, "context_tokens": 0.0},
         "e2p": {"nats_per_token": 1.5, "perplexity_ci": [np.exp(1.4), np.exp(1.7)], "context_tokens": 1.0},
         "outside": {"nats_per_token": 1.0},
     }
-    (gain,) = gains_over_none(arms, [], None, NATS)
+    (gain,) = gains_over_none(arms, {}, NATS)
     assert (gain.arm, gain.tokens, gain.gain) == ("e2p", 1.0, 0.5)
     assert gain.ci == pytest.approx((0.3, 0.6))
     rouge = {arm: {"rougeL": figures["nats_per_token"], "rougeL_ci": [1.0, 3.0], "context_tokens": 1.0}
              for arm, figures in arms.items()}  # fmt: skip
-    found = {gain.arm: gain for gain in gains_over_none(rouge, [], None, ROUGE)}
+    found = {gain.arm: gain for gain in gains_over_none(rouge, {}, ROUGE)}
     assert found["e2p"] == Gain("e2p", 1.0, -0.5, (-1.0, 1.0))
-    assert gains_over_none({"e2p": arms["e2p"]}, [], None, NATS) == []
+    assert gains_over_none({"e2p": arms["e2p"]}, {}, NATS) == []
 
 
 def test_names_are_spread_as_little_as_needed() -> None:
@@ -174,8 +153,8 @@ def test_every_picture_of_the_arms(metric: Metric, drawn: list[Any], tmp_path: P
     comparisons = compare(table, 200, 1, metric.name, metric.better, [table, table.with_columns(e2p=pl.col("none"))])
     made = [
         draw_differences(comparisons, metric, tmp_path),
-        draw_gains(table, metric, tmp_path),
-        draw_context(figures, comparisons, table, metric, tmp_path),
+        draw_gains(gains(table, metric.better, 200), metric, tmp_path, 2),
+        draw_context(figures, gains(table, metric.better, 200), metric, tmp_path),
         draw_arms(figures, metric, tmp_path),
     ]
     for picture in made:
@@ -186,6 +165,8 @@ def test_every_picture_of_the_arms(metric: Metric, drawn: list[Any], tmp_path: P
     assert made[0] is not None
     assert side in made[0].caption
     assert "training seeds" in made[0].caption
+    assert made[1] is not None
+    assert "over 2 training seeds" in made[1].caption
     assert made[2] is not None
     assert {*arms} - {"none"} <= set(words(made[2]))
 
@@ -204,22 +185,15 @@ def test_a_dot_for_every_seed(drawn: list[Any], tmp_path: Path) -> None:
 
 def test_nothing_to_draw(tmp_path: Path) -> None:
     assert draw_differences([], NATS, tmp_path) is None
-    assert draw_gains(None, NATS, tmp_path) is None
-    assert draw_context({}, [], None, NATS, tmp_path) is None
+    assert draw_gains({}, NATS, tmp_path) is None
+    assert draw_context({}, {}, NATS, tmp_path) is None
     assert draw_arms({}, NATS, tmp_path) is None
     assert draw_breakdowns([], NATS, tmp_path) is None
     assert draw_space(None, None, tmp_path) is None
     assert draw_likeness(None, tmp_path) is None
     assert draw_learning({"e2p": {"history": []}}, tmp_path) is None
-    assert draw({"arms": {}, "training": {}}, [], None, None, tmp_path) == []
+    assert draw({"arms": {}, "training": {}}, [], None, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
-
-
-def test_scores_without_the_metric_leave_out_what_needs_them(tmp_path: Path) -> None:
-    scores = pl.DataFrame({"example_id": ["1"], "user_id": ["a"], "arm": ["e2p"], "metric": ["tokens"], "value": [1.0]})
-    assert draw({"arms": {}, "training": {}}, [], scores, None, tmp_path) == []
-    with pytest.raises(DataError, match="nothing was evaluated"):
-        draw({"arms": {}, "training": {}}, [], scores.clear(), None, tmp_path)
 
 
 def breakdown(by: str, label: str, *bins: tuple[str, float, list[float] | None]) -> dict[str, Any]:

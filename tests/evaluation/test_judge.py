@@ -283,8 +283,15 @@ def test_sample_answers_fit_in_the_window_and_cost_nothing_if_they_fail(
     def fail(*_: Any, **__: Any) -> None:
         raise DataError("no answer")
 
+    def surprise(*_: Any, **__: Any) -> None:
+        raise ValueError("Input X contains infinity")
+
     monkeypatch.setattr("e2p.model.e2p.E2PModel.generate", fail)
+    monkeypatch.setattr("e2p.evaluation.judge.describe_space", surprise)
     results = judge(config.output)
     assert results["samples"] == []
-    assert results["warnings"] == ["No sample answers: no answer"]
+    assert results["warnings"] == [
+        "No sample answers: no answer",
+        "No map of the users: Input X contains infinity",
+    ]
     assert load_results(Path(config.output))["arms"] == results["arms"]

@@ -17,7 +17,6 @@ from e2p.evaluation.metrics import (
     audited_metrics,
     means,
     metric_of,
-    over_seeds,
     per_example,
     summarise,
 )
@@ -202,19 +201,43 @@ def test_which_metrics_are_judged() -> None:
 
 
 def test_seeds_are_averaged_example_by_example() -> None:
-    seeds = [make_scores(seed=3)]
-    nll = pl.col("metric") == "nll"
-    seeds += [
-        seeds[0].with_columns(pl.when(nll).then(pl.col("value") + shift).otherwise("value").alias("value"))
-        for shift in (1.0, 5.0)
-    ]
-    mean = over_seeds([seeds[0], seeds[1].sample(fraction=1, shuffle=True, seed=0), seeds[2]])
-    one, together = per_example(seeds[0], "nll"), per_example(mean, "nll")
+    first = make_scores(seed=3)
+    nll = pl.when(pl.col("metric") == "nll")
+    seeds = [first.with_columns(value=nll.then(pl.col("value") + up).otherwise("value")) for up in (0.0, 1.0, 5.0)]
+    seeds[1] = seeds[1].sample(fraction=1, shuffle=True, seed=0)
+    one, together = per_example(first, "nll"), per_example(seeds, "nll")
     assert together["e2p"].to_list() == pytest.approx((one["e2p"] + 2).to_list())
     assert together["tokens"].equals(one["tokens"])
-    assert over_seeds(seeds[:1]) is seeds[0]
-    with pytest.raises(DataError, match=r"example 'x\d-\d' has .* of arm 'e2p' 2 times in 3 seeds"):
-        over_seeds([*seeds[:2], drop_one(seeds[2])])
+    assert per_example([first]).equals(per_example(first))
+    # A corpus figure is of the mean sums; the sizes are the same in every seed.
+    total, tokens = one["e2p"].sum() + 2 * one.height, one["tokens"].sum()
+    assert summarise(seeds, 50)["e2p"]["nats_per_token"] == pytest.approx(total / tokens)
+
+
+def test_seeds_of_which_one_lacks_something_are_refused() -> None:
+    first = make_scores(seed=3)
+    lone = pl.col("example_id") == first["example_id"][0]
+    moved = first.with_columns(user_id=pl.when(lone).then(pl.lit("someone")).otherwise("user_id"))
+    longer = pl.when(pl.col("metric") == "tokens").then(pl.col("value") + 1).otherwise("value")
+    for other, message in (
+        (first.filter(~lone), r"example 'x\d-\d' of user '\w+' has nll in some seeds only"),
+        (moved, r"example 'x\d-\d' of user '\w+' has nll in some seeds only"),
+        (first.filter(pl.col("arm") != "none"), "arm 'none' has nll in some seeds only; expected the same examples"),
+        (first.filter(pl.col("metric") != "tokens"), "tokens is there in some seeds only"),
+        (first.with_columns(value=longer), r"tokens of example 'x\d-\d' differs between seeds"),
+    ):
+        for seeds in ([first, other], [other, first]):
+            with pytest.raises(DataError, match=message):
+                per_example(seeds)
+    with pytest.raises(DataError, match="nothing was evaluated"):
+        per_example([])
+
+
+@pytest.mark.parametrize("name", ["example_id", "user_id", "tokens"])
+def test_an_arm_with_the_name_of_a_column_is_refused(name: str) -> None:
+    scores = make_scores().with_columns(arm=pl.col("arm").replace("none", name))
+    with pytest.raises(DataError, match=f"arm '{name}': expected another name than that of a column; rename the arm"):
+        per_example(scores)
 
 
 def test_arms_stand_in_the_order_of_the_config() -> None:

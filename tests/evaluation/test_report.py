@@ -20,7 +20,9 @@ import pytest
 from rich.console import Console
 
 from e2p.config import RunConfig, to_dict
-from e2p.errors import DataError, MissingExtraError, RunError
+from e2p.errors import MissingExtraError, RunError
+from e2p.evaluation.audit import Scored, audit, write_results
+from e2p.evaluation.breakdowns import gains
 from e2p.evaluation.metrics import means, per_example, summarise
 from e2p.evaluation.report import comparisons_of, console_tables, load_results, report, write_report
 from e2p.evaluation.significance import RULE, compare
@@ -77,6 +79,7 @@ def make_results(nats: dict[str, float] | None = None) -> tuple[dict[str, Any], 
                 ],
             }
         ],
+        "gains": gains(per_example(scores), "lower", 200) if len(scores["arm"].unique()) > 1 else {},
         "extra": {"oracle share": EVIL},
         "warnings": [EVIL],
     }
@@ -150,7 +153,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def old_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of format 1, as the version before wrote them."""
-    folder = write(tmp_path_factory.mktemp("runs") / "old", *make_results())
+    results = make_results()[0]
+    del results["gains"]
+    folder = write(tmp_path_factory.mktemp("runs") / "old", results)
     report(str(folder))
     return folder
 
@@ -271,7 +276,8 @@ def test_markdown_cells_hold_one_line(run: Path) -> None:
 
 def test_results_of_format_1_still_have_their_report(old_run: Path) -> None:
     page = Page(text_of(old_run, "report.html"))
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 4
+    assert "Over all tokens; intervals are each arm's own." in text_of(old_run, "report.md")
     assert {"Comparisons", "Arms", "Training"} <= set(page.texts)
     assert not {"Leak checks", "For whom it works"} & set(page.texts)
     assert any("training seed 42 · 12 users · 36 test examples" in text for text in page.texts)
@@ -279,11 +285,13 @@ def test_results_of_format_1_still_have_their_report(old_run: Path) -> None:
     assert "better than a random user's vector and than one static token" in text_of(old_run, "report.md")
 
 
-NEW = ["rule", "runs", "seeds", "metric", "other_metrics", "breakdowns", "leaks", "valid", "space", "prefix", "verdict"]
+NEW = ["rule", "runs", "seeds", "metric", "other_metrics", "breakdowns", "gains", "leaks", "valid", "space", "prefix"]
+NEW += ["verdict"]
 
 
 PARTS = {
-    **{"rule": "The verdict rests on three comparisons", "runs": "runs a, b", "seeds": "2 training seeds"},
+    **{"rule": "The verdict rests on three comparisons", "runs": "runs a, b", "seeds": "2 training seeds ("},
+    **{"gains": "Gain by user"},
     **{"other_metrics": "ROUGE-L", "breakdowns": "For whom it works", "leaks": "Leak checks"},
     **{"space": "Users before and after phi", "prefix": "What the prefix resembles"},
 }
@@ -294,9 +302,9 @@ def test_a_missing_key_leaves_its_part_out(key: str, tmp_path: Path, monkeypatch
     results, scores, space = make_full_results()
     space.write_parquet(write(tmp_path, results | {key: None}, scores) / "space.parquet")
     parts = dict(PARTS)
-    if key not in ("breakdowns", "space", "prefix"):  # a second for what has no picture of its own
+    if key not in ("breakdowns", "gains", "space", "prefix"):  # a second for what has no picture of its own
         monkeypatch.setattr("e2p.evaluation.report.draw", lambda *_: [])
-        del parts["space"], parts["prefix"]
+        del parts["space"], parts["prefix"], parts["gains"]
     assert write_report(tmp_path).startswith("personalised")
     text = text_of(tmp_path, "report.md")
     assert {name for name, part in parts.items() if part not in text} == {key} & parts.keys()
@@ -328,27 +336,51 @@ def test_a_leak_is_loud(tmp_path: Path) -> None:
     assert write_report(write(tmp_path, results, scores)).startswith("not valid: time")
 
 
-def test_scores_of_several_seeds_are_averaged(tmp_path: Path) -> None:
-    results, scores, _ = make_full_results()
-    worse = scores.with_columns(pl.when(pl.col("metric") == "nll").then(pl.col("value") * 3).otherwise("value"))
-    mean = scores.with_columns(pl.when(pl.col("metric") == "nll").then(pl.col("value") * 2).otherwise("value"))
-    both = pl.concat([scores.with_columns(seed=pl.lit(42)), worse.with_columns(seed=pl.lit(43))])
-    report(str(write(tmp_path / "both", results, both)))
-    report(str(write(tmp_path / "mean", results, mean)))
-    for name in ("gains", "context"):
-        pictures = [(tmp_path / folder / "figures" / f"{name}.png").read_bytes() for folder in ("both", "mean")]
-        assert pictures[0] == pictures[1]
+def test_the_pictures_of_several_seeds_are_of_their_mean(tmp_path: Path) -> None:
+    """The run's own seed says that every user gains, the mean over both that none does; the scores are not asked."""
+    good, bad = make_scores(NATS), make_scores(NATS | {"e2p": 4.2})
+    write_results(tmp_path, audit([Scored("run", good, 42), Scored("run/seeds/43", bad, 43)], resamples=200))
+    good.write_parquet(tmp_path / "scores.parquet")
+    report(str(tmp_path))
+    text = text_of(tmp_path, "report.md")
+    assert "over 2 training seeds. Right of zero: the user gains; that is 0% of 12 users." in text
+    results = load_results(tmp_path)
+    wide = [per_example(one) for one in (good, bad)]
+    by_hand = np.mean([(one["none"] - one["e2p"]).to_numpy() for one in wide])
+    assert results["gains"]["over_none"]["e2p"]["gain"] == pytest.approx(by_hand)
+    over_random = [one.select("user_id", gain=pl.col("random") - pl.col("e2p")) for one in wide]
+    users = pl.concat(over_random).group_by("user_id").mean().sort("user_id")
+    assert results["gains"]["by_user"] == pytest.approx(users["gain"].to_list(), rel=1e-5)
+
+
+def test_nats_per_token_without_their_tokens_make_no_perplexity(tmp_path: Path) -> None:
+    nll = make_scores(NATS).filter(pl.col("metric") == "nll")
+    write_results(tmp_path, audit([Scored("theirs", nll.with_columns(metric=pl.lit("nats_per_token")))], resamples=200))
+    report(str(tmp_path))
+    text = text_of(tmp_path, "report.md")
+    assert "nats per token" in text
+    assert "erplexity" not in text
+
+
+def test_a_broken_model_gets_its_report(tmp_path: Path) -> None:
+    """A difference whose exponential no float can hold."""
+    write_results(tmp_path, audit([Scored("broken", make_scores(NATS | {"e2p": 900.0}))], resamples=200))
+    report(str(tmp_path))
+    text = text_of(tmp_path, "report.md")
+    assert text.startswith("# broken\n\n**harmful: worse than no prefix**")
+    assert "| ×1.01e+304 |" in text
+    assert not re.search(r"\d{30}", text)
 
 
 def test_a_metric_of_which_more_is_better(tmp_path: Path) -> None:
     wide = per_example(make_scores({"none": 0.2, "static": 0.25, "random": 0.25, "e2p": 0.6}))
-    scores = wide.drop("tokens").unpivot(index=["example_id", "user_id"], variable_name="arm", value_name="value")
     compared = compare(wide, 200, 42, "rougeL", "higher")
-    results = {
+    results: dict[str, Any] = {
+        "gains": gains(wide, "higher", 200),
         **{"format": 2, "run": "ranked", "metric": {"name": "rougeL", "label": "ROUGE-L", "better": "higher"}},
         **{"arms": means(wide, "rougeL", 200), "comparisons": [dataclasses.asdict(c) for c in compared]},
     }
-    report(str(write(tmp_path, results, scores.with_columns(metric=pl.lit("rougeL")))))
+    report(str(write(tmp_path, results)))
     text = text_of(tmp_path, "report.md")
     assert text.splitlines()[2].startswith("**personalised")
     assert "Positive is better" in text
@@ -420,10 +452,9 @@ def test_a_run_with_next_to_nothing(tmp_path: Path) -> None:
 
 
 def test_gains_that_are_all_equal_can_be_drawn(tmp_path: Path) -> None:
-    results, scores = make_results()
-    e2p = scores.filter(pl.col("arm") == "e2p")
-    scores = pl.concat([e2p, e2p.with_columns(pl.lit("random").alias("arm"))])
-    report(str(write(tmp_path, results, scores)))
+    results = make_results()[0]
+    results["gains"] = {"over_none": {}, "against": "random", "by_user": [0.0] * 12}
+    report(str(write(tmp_path, results)))
     assert "0% of 12 users" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -441,6 +472,10 @@ def break_arm(results: dict[str, Any]) -> None:
 
 def break_comparison(results: dict[str, Any]) -> None:
     del results["comparisons"][0]["p_holm"]
+
+
+def break_gain(results: dict[str, Any]) -> None:
+    results["gains"]["by_user"][3] = "much"
 
 
 def break_bin(results: dict[str, Any]) -> None:
@@ -467,6 +502,8 @@ def break_figure(results: dict[str, Any]) -> None:
         (break_comparison, "comparison: missing p_holm"),
         (break_figure, "comparisons: "),
         (break_bin, "breakdowns: 'difference'"),
+        (break_gain, "gains: could not convert"),
+        (lambda r: r["gains"]["over_none"].update(e2p={}), "gains: 'gain'"),
         (break_prefix, "prefix: "),
         (lambda r: r.update(leaks=["time"]), "leaks: "),
         (lambda r: r.update(leaks={}), "leaks: expected list, got dict"),
@@ -497,15 +534,12 @@ def test_missing_results_say_what_to_run(tmp_path: Path) -> None:
         load_results(tmp_path)
 
 
-def test_broken_scores_are_named(tmp_path: Path) -> None:
-    results, scores = make_results()
-    write(tmp_path, results)
-    (tmp_path / "scores.parquet").write_bytes(b"PAR1 not at all")
-    with pytest.raises(RunError, match=r"scores\.parquet: cannot be read"):
-        report(str(tmp_path))
-    with pytest.raises(DataError, match="nothing was evaluated"):
-        report(str(write(tmp_path, results, scores.clear())))
+def test_a_broken_map_is_named(tmp_path: Path) -> None:
     results, scores, space = make_full_results()
+    write(tmp_path, results)
+    (tmp_path / "space.parquet").write_bytes(b"PAR1 not at all")
+    with pytest.raises(RunError, match=r"space\.parquet: cannot be read"):
+        report(str(tmp_path))
     space.drop("prefix_x").write_parquet(write(tmp_path, results, scores) / "space.parquet")
     with pytest.raises(RunError, match=r"space\.parquet: expected the columns .*; missing: prefix_x"):
         report(str(tmp_path))

@@ -202,3 +202,20 @@ def test_plain_texts() -> None:
         *("–", "yes", "12,000", "0.5", "123.5", "1, 2", "a 1", "–")
     ]
     assert [token(text) for text in (" a b", "x", " ", "\t")] == ["·a b", "x", "·", "→"]
+
+
+def test_a_broken_model_s_numbers_stay_short() -> None:
+    table = pl.DataFrame({"example_id": ["1", "2"], "user_id": ["a", "b"], "tokens": [1.0, 1.0]})
+    for shift, shown in ((900.0, "×1.01e+304"), (5.0, "×148"), (0.5, "+64.9%"), (-900.0, "−100.0%")):
+        wide = table.with_columns(none=pl.lit(1.0), e2p=pl.lit(1.0 + shift))
+        compared = comparison_table(compare(wide, 50), NATS)
+        assert compared.rows[0][compared.headings.index("perplexity")] == shown
+    arms = {"e2p": {"examples": 2, "users": 2, "perplexity": 1e304, "perplexity_ci": [9e303, 2e304]}}
+    assert arm_table(arms, NATS).rows[0][1:3] == ["1.00e+304", "[9.00e+303, 2.00e+304]"]
+
+
+def test_nats_without_tokens_have_no_perplexity() -> None:
+    named = {"metric": {"name": "nats_per_token"}}
+    assert Metric.of(named | {"arms": {"e2p": {"perplexity": 2.0}, "none": {}}}).perplexity
+    assert not Metric.of(named | {"arms": {"e2p": {"nats_per_token": 2.0}}}).perplexity
+    assert not ROUGE.perplexity

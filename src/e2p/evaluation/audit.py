@@ -15,8 +15,8 @@ from typing import Any
 import polars as pl
 
 from e2p.errors import DataError, RunError
-from e2p.evaluation.breakdowns import breakdowns
-from e2p.evaluation.metrics import COLUMNS, audited_metrics, means, metric_of, over_seeds, per_example, summarise
+from e2p.evaluation.breakdowns import breakdowns, check_covariates, gains
+from e2p.evaluation.metrics import COLUMNS, audited_metrics, means, metric_of, per_example, summarise
 from e2p.evaluation.significance import RULE, Direction, compare, verdict
 from e2p.provenance import provenance
 
@@ -37,6 +37,7 @@ class Scored:
         covariates: for the breakdowns, as of :func:`e2p.evaluation.breakdowns.covariates`.
         about: what the judge has written down beside the scores: ``config``, ``inputs`` (hashes), ``data``,
             ``training``, ``samples``, ``leaks``, ``warnings``, ``extra``, ``provenance``; all may be missing.
+        source: the folder that they were read from, in full; names may be equal. Empty: no folder.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Scored:
     seed: int | None = None
     covariates: pl.DataFrame | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 def audit(
@@ -78,14 +80,15 @@ def audit(
     settings = (first.about.get("config") or {}).get("evaluation") or {}
     resamples = resamples or settings.get("resamples", 10_000)
     seed = settings.get("seed", 42) if seed is None else seed
-    scores = over_seeds([one.scores for one in seeds])
-    headline, *others = (_of_metric(name, scores, seeds, better, resamples, seed) for name in audited_metrics(scores))
+    scores = [one.scores for one in seeds]
+    headline, *others = (_of_metric(name, scores, better, resamples, seed) for name in audited_metrics(scores))
     comparisons = headline.pop("compared")
     leaks = first.about.get("leaks")
     fired = [check["name"] for check in leaks or () if check["fired"]]
     bins: list[dict[str, Any]] = []
     if first.covariates is not None:
         bins = breakdowns(headline["wide"], first.covariates, resamples, seed)
+    gained = gains(headline["wide"], headline["metric"]["better"], resamples, seed)
     known = [one.seed for one in seeds if one.seed is not None]
     return {
         "format": FORMAT,
@@ -104,6 +107,7 @@ def audit(
         "rule": RULE,
         "other_metrics": [{name: other[name] for name in ("metric", "arms", "comparisons")} for other in others],
         "breakdowns": bins,
+        "gains": gained,
         "leaks": leaks,
         "valid": None if leaks is None else not fired,
         "training": first.about.get("training") or {},
@@ -117,15 +121,14 @@ def audit(
 
 def _of_metric(
     name: str,
-    scores: pl.DataFrame,
-    seeds: Sequence[Scored],
+    scores: Sequence[pl.DataFrame],
     better: Mapping[str, Direction] | None,
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
     metric = metric_of(name, better)
     wide = per_example(scores, name)
-    by_seed = [per_example(one.scores, name) for one in seeds]
+    by_seed = [per_example(one, name) for one in scores] if len(scores) > 1 else [wide]
     compared = compare(wide, resamples, seed, name, metric.better, by_seed)
     likelihood = name == "nats_per_token" and "tokens" in wide.columns
     return {
@@ -150,12 +153,13 @@ def _warnings(seeds: Sequence[Scored]) -> list[str]:
 def experiments(scored: Sequence[Scored]) -> list[list[Scored]]:
     """Put the runs that differ in nothing but their training seed together, in the order given.
 
-    Scores without settings are an experiment of their own, unless they come from one folder (and so bear one name).
+    Scores without settings are an experiment of their own, unless they come from one folder.
     """
     found: dict[str, list[Scored]] = {}
     for one in scored:
         settings = _settings(one)
-        found.setdefault(json.dumps(settings, sort_keys=True) if settings else f"scores {one.name}", []).append(one)
+        own = f"scores {one.source or one.name}"
+        found.setdefault(json.dumps(settings, sort_keys=True) if settings else own, []).append(one)
     return list(found.values())
 
 
@@ -210,7 +214,7 @@ def load_scored(folder: str | Path) -> list[Scored]:
 
     Raises:
         RunError: no scores there, or a file cannot be read.
-        DataError: a column is missing, or an id, arm or metric is null.
+        DataError: a column is missing, an id, arm or metric is null, a seed is no whole number, covariates are unfit.
     """
     folder = Path(folder)
     path = folder / SCORES
@@ -222,6 +226,7 @@ def load_scored(folder: str | Path) -> list[Scored]:
         raise DataError(f"{path}: expected the columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
     try:
         scores = scores.with_columns(pl.col(COLUMNS[:4]).cast(pl.String), pl.col("value").cast(pl.Float64))
+        seeds = scores.select(pl.col("^seed$").cast(pl.Float64, strict=False))
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{path}: expected texts and numbers: {str(error).splitlines()[0]}") from None
     for column in COLUMNS[:4]:
@@ -229,18 +234,23 @@ def load_scored(folder: str | Path) -> list[Scored]:
             raise DataError(
                 f"{path}: {column}: expected a text in every row, got none in {scores[column].null_count()}"
             )
+    for seed in seeds:
+        if not (seed.is_finite() & (seed == seed.round())).fill_null(False).all():
+            raise DataError(f"{path}: seed: expected a whole number in every row, or no such column")
+        scores = scores.with_columns(seed.cast(pl.Int64))
     by = _read(folder / COVARIATES) if (folder / COVARIATES).is_file() else None
     if by is not None and "example_id" not in by.columns:
         raise DataError(f"{folder / COVARIATES}: expected a column example_id, got {', '.join(by.columns)}")
     if by is not None:
         by = by.with_columns(pl.col("example_id").cast(pl.String))
+        check_covariates(by, str(folder / COVARIATES))
     about = read_about(folder) or {}
-    above = folder.resolve().parent
-    name = (f"{above.parent.name}/seeds/" if above.name == "seeds" else "") + folder.resolve().name
+    whole = folder.resolve()
+    name = (f"{whole.parent.parent.name}/seeds/" if whole.parent.name == "seeds" else "") + whole.name
     if "seed" not in scores.columns:
-        return [Scored(name, scores.select(COLUMNS), about.get("seed"), by, about)]
+        return [Scored(name, scores.select(COLUMNS), about.get("seed"), by, about, str(whole))]
     return [
-        Scored(name, part.select(COLUMNS), int(part["seed"][0]), by, about)
+        Scored(name, part.select(COLUMNS), int(part["seed"][0]), by, about, str(whole))
         for part in scores.partition_by("seed", maintain_order=True)
     ]
 

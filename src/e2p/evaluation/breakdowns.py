@@ -1,4 +1,4 @@
-"""For whom does it work? The gain by a user's activity, by his distance from the training users, and by length."""
+"""For whom does it work? The gain by user, by his activity, by his distance from the training users, and by length."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from e2p.evaluation.significance import cluster_bootstrap
+from e2p.errors import DataError
+from e2p.evaluation.significance import (
+    Direction,
+    bootstrap_totals,
+    cluster_bootstrap,
+    cluster_totals,
+    percentile_interval,
+)
 
 if TYPE_CHECKING:  # the audit of scores alone loads no torch
     from e2p.training.inputs import RunInputs
@@ -24,6 +31,7 @@ BREAKDOWNS = (
 )
 _TRAINING_VECTORS = 100_000  # the most that are compared with; as many as the input statistics are fitted on
 _CELLS = 20_000_000  # distances held at once: 80 MB
+_WIDTH = 512  # numbers of a vector by which the nearest one is looked for
 
 
 def covariates(inputs: RunInputs) -> pl.DataFrame:
@@ -33,6 +41,8 @@ def covariates(inputs: RunInputs) -> pl.DataFrame:
         ``example_id``, ``user_id``, ``activity`` (examples of the user in the whole table), ``distance`` (Euclidean,
         of the user's vector from the nearest vector of *another* user that training used, with the dimensions at the
         training vectors' unit variance; null without a vector), ``tokens`` (labelled tokens of the completion).
+        Of vectors of more than 512 numbers, the nearest one is looked for in a seeded random projection to 512, which
+        keeps distances to a few per cent; the distance from the one found is exact.
     """
     rows = inputs.rows("test")
     activity = inputs.keys.select("example_id", "user_id", activity=pl.len().over("user_id").cast(pl.Int64))
@@ -57,16 +67,26 @@ def _distances(inputs: RunInputs) -> Array:
         mean, spread = known.mean(0, dtype=np.float64), known.std(0, dtype=np.float64)
         # In float32 throughout, so that no copy takes more room than the vectors.
         mean, spread = mean.astype(np.float32), np.where(spread > 1e-8, spread, 1.0).astype(np.float32)
-        known = (known - mean) / spread
+        shadow = None
+        if known.shape[1] > _WIDTH:  # Johnson and Lindenstrauss
+            drawn = np.random.default_rng([42, 5]).normal(0, _WIDTH**-0.5, (known.shape[1], _WIDTH))
+            shadow = drawn.astype(np.float32)
+
+        def placed(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            rows = (rows - mean) / spread
+            return rows if shadow is None else rows @ shadow
+
+        known = placed(known)
+        lengths = (known**2).sum(1)
         size = max(1, _CELLS // len(train))
         for start in range(int(np.searchsorted(asked, 0)), len(asked), size):  # -1: no vector
             part = slice(start, start + size)
-            here = (np.asarray(vectors[asked[part]], np.float32) - mean) / spread
-            squares = (known**2).sum(1) - 2 * here @ known.T  # and here's own, which does not change the order
+            here = np.asarray(vectors[asked[part]], np.float32)
+            squares = lengths - 2 * placed(here) @ known.T  # and here's own, which does not change the order
             squares[owner[asked[part], None] == owner[train]] = np.inf
             best = squares.argmin(1)
             # Small differences of large squares are not exact; of the nearest one it is taken again.
-            exact = np.linalg.norm(here - known[best], axis=1)
+            exact = np.linalg.norm((here - vectors[train[best]]) / spread, axis=1)
             nearest[part] = np.where(np.isfinite(squares.min(1)), exact, np.nan)
     return nearest[which]
 
@@ -84,23 +104,75 @@ def breakdowns(wide: pl.DataFrame, by: pl.DataFrame, resamples: int = 10_000, se
         One entry for each of :data:`BREAKDOWNS` that says something: ``by``, ``label``, ``comparison`` (true minus
         random, or without that arm true minus none), ``bins`` with ``label``, ``low``, ``high`` (smallest and
         largest value in it), ``examples``, ``users``, ``difference``, ``ci`` (95%, bootstrap over users; None with
-        one user). Left out: what has the same value everywhere.
+        one user). Left out: what has the same value everywhere, and examples of which it is not known (null, NaN).
+
+    Raises:
+        DataError: as :func:`check_covariates`.
     """
     control = next((arm for arm in ("random", "none") if arm in wide.columns), None)
     if control is None or "e2p" not in wide.columns:
         return []
+    check_covariates(by)
     differences = wide.select("example_id", "user_id", difference=pl.col("e2p") - pl.col(control))
     found = []
     for name, column, label in BREAKDOWNS:
         if column not in by.columns:
             continue
-        known = by.select("example_id", value=pl.col(column).cast(pl.Float64)).drop_nulls()
+        known = by.select("example_id", value=pl.col(column).cast(pl.Float64)).filter(pl.col("value").is_finite())
         joined = differences.join(known, on="example_id", maintain_order="left")
         bins = [
             _bin(joined, low, high, text, resamples, seed) for low, high, text in terciles(joined["value"].to_numpy())
         ]
         if len(bins) > 1:
             found.append({"by": name, "label": label, "comparison": f"true minus {control}", "bins": bins})
+    return found
+
+
+def check_covariates(by: pl.DataFrame, where: str = "covariates") -> None:
+    """Raises DataError if what examples are divided by is not numbers, or an example stands there twice."""
+    for _, column, _ in BREAKDOWNS:
+        kind = by.schema.get(column, pl.Null())
+        if not (kind.is_numeric() or kind in (pl.Boolean, pl.Null)):
+            raise DataError(f"{where}: {column}: expected numbers, got {kind}")
+    twice = by.filter(pl.col("example_id").is_duplicated() & pl.col("example_id").is_not_null())
+    if not twice.is_empty():
+        raise DataError(f"{where}: example '{twice['example_id'][0]}' stands there twice; expected one row for each")
+
+
+def gains(wide: pl.DataFrame, better: Direction, resamples: int = 10_000, seed: int = 42) -> dict[str, Any]:
+    """What each arm wins over no prefix, and each user by his own vector: what the report draws. Positive is a gain.
+
+    Args:
+        wide: of :func:`e2p.evaluation.metrics.per_example`; with several training seeds, their mean.
+        better: whether lower or higher values are better.
+        resamples: bootstrap resamples of the users, for the intervals: those of the comparisons.
+        seed: seed of the resamples.
+
+    Returns:
+        ``over_none``: by arm ``gain`` (mean over examples) and ``ci`` (95%; None with fewer than two users);
+        ``against``: the first of random, static and none that there is; ``by_user``: the gain of e2p over it, for each
+        user the mean over his examples, six digits. What cannot be told is empty.
+    """
+    sign, users = (-1.0 if better == "higher" else 1.0), wide["user_id"].to_numpy()
+    arms = [name for name in wide.columns if name not in ("example_id", "user_id", "tokens")]
+    found: dict[str, Any] = {"over_none": {}, "against": None, "by_user": []}
+
+    def totals_over(control: str, others: list[str]) -> Array:
+        columns = [sign * (wide[control] - wide[arm]).to_numpy() for arm in others]
+        return cluster_totals(np.column_stack([*columns, np.ones(wide.height)]), users)
+
+    others = [arm for arm in arms if arm != "none"]
+    if "none" in arms and others:
+        totals = totals_over("none", others)
+        resampled = bootstrap_totals(totals, resamples, seed)
+        for index, arm in enumerate(others):
+            drawn = percentile_interval(resampled[:, index] / resampled[:, -1]) if len(totals) > 1 else None
+            gain = float(totals[:, index].sum() / wide.height)
+            found["over_none"][arm] = {"gain": gain, "ci": None if drawn is None else list(drawn)}
+    controls = [arm for arm in ("random", "static", "none") if arm in arms]
+    if "e2p" in arms and controls:
+        own, count = totals_over(controls[0], ["e2p"]).T
+        found |= {"against": controls[0], "by_user": [float(f"{gain:.6g}") for gain in own / count]}
     return found
 
 

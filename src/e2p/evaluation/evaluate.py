@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from e2p.data.tables import require_folder
-from e2p.errors import ConfigError, RunError
+from e2p.errors import ConfigError, DataError, RunError
 from e2p.evaluation.aggregate import p_value, signed
 from e2p.evaluation.audit import (
     FORMAT,
@@ -25,6 +25,7 @@ from e2p.evaluation.audit import (
     write_results,
     write_text,
 )
+from e2p.evaluation.metrics import audited_metrics
 from e2p.evaluation.report import console_tables, write_report
 from e2p.evaluation.significance import COMPARISONS, RULE, Comparison, Direction
 from e2p.evaluation.tables import Metric, arm_table, comparison_table
@@ -43,8 +44,8 @@ def evaluate(
     """Judge runs: train the controls that are missing, score all arms, test the differences, write the report.
 
     Several runs are judged one by one; then those that differ in nothing but their training seed are put together as
-    one experiment, and the experiments are shown side by side. What has been scored with the same settings already is
-    not scored again, except where a single run is named without seeds.
+    one experiment, and the experiments are shown side by side. What has been scored already, with the same settings
+    on the same tables, is not scored again, except where a single run is named without seeds.
 
     Args:
         runs: run folders that `e2p train` has written, or folders with a scores.parquet from anywhere
@@ -69,18 +70,22 @@ def evaluate(
             )
         if seeds and not (folder / "adapter").is_dir():
             raise ConfigError(f"{folder}: --seeds trains a run again, but this folder holds scores alone; leave it out")
+    outside = {folder: load_scored(folder) for folder in folders if not (folder / "adapter").is_dir()}
+    _check_better(better or {}, outside.values(), len(outside) < len(folders))
     if output:
         require_folder(Path(output))
     console, out = Console(stderr=True), Console()
     again = len(folders) == 1 and not seeds
     scored: list[Scored] = []
-    for folder in folders:
-        own = _scores(folder, seeds, allow_leaks, again, console)
+    for folder, shown in zip(folders, _shown(folders), strict=True):
+        own = outside.get(folder) or _scores(folder, seeds, allow_leaks, again, console)
         results = audit(own, better)
         write_results(folder, results)
         write_report(folder)
-        # What the user has typed tells apart folders that bear one name.
-        scored += [dataclasses.replace(one, name=hide_paths(str(folder.parent / one.name))) for one in own]
+        for one in own:
+            source, whole = Path(one.source), folder.resolve()
+            below = source.relative_to(whole) if source.is_relative_to(whole) else source.name  # a linked seed
+            scored.append(dataclasses.replace(one, name=str(shown / below)))
     if len(folders) == 1:
         for table in console_tables(results):
             out.print(table)
@@ -97,10 +102,28 @@ def evaluate(
         out.print(f"audit: {Path(output) / 'audit.md'}")
 
 
+def _check_better(better: Mapping[str, Direction], outside: Iterable[Sequence[Scored]], trained: bool) -> None:
+    """Refuse a direction for what nobody has measured: a slip of the pen must not leave the metric as it was."""
+    known = {name for scored in outside for name in audited_metrics([one.scores for one in scored])}
+    known |= {"nats_per_token"} if trained else set()
+    for name in better:
+        if name not in known:
+            raise DataError(f"--better.{name}: expected a metric of the scores ({', '.join(sorted(known))})")
+
+
+def _shown(folders: Sequence[Path]) -> list[Path]:
+    """What the user has typed, without paths of the machine; as much of them as tells apart what bears one name."""
+    names = [hide_paths(str(folder.parent / folder.resolve().name)) for folder in folders]
+    size = 2
+    while len(set(names)) < len(names):
+        size += 1
+        tails = ["/".join(folder.resolve().parts[1:][-size:]) for folder in folders]
+        names = [tail if names.count(name) > 1 else name for name, tail in zip(names, tails, strict=True)]
+    return [Path(name) for name in names]
+
+
 def _scores(folder: Path, seeds: Sequence[int], allow_leaks: bool, again: bool, console: Console) -> list[Scored]:
-    """The scores of a folder and of its other seeds; what is missing is trained and scored first."""
-    if not (folder / "adapter").is_dir():
-        return load_scored(folder)
+    """The scores of a run and of its other seeds; what is missing is trained and scored first."""
     from e2p.evaluation.judge import score, score_seeds  # here: scores alone are judged without torch
 
     if again:

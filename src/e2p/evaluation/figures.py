@@ -14,9 +14,10 @@ from e2p.evaluation.curves import draw_learning
 from e2p.evaluation.curves import draw_sweep as draw_sweep  # so that all pictures can be had here
 from e2p.evaluation.figures_space import draw_likeness, draw_space
 from e2p.evaluation.look import ARM_TONES, GREY, INK, TONES, Picture, bar, picture, rows, short
-from e2p.evaluation.metrics import arm_order, per_example
-from e2p.evaluation.significance import Comparison, bootstrap_totals, cluster_totals, percentile_interval
+from e2p.evaluation.metrics import arm_order
+from e2p.evaluation.significance import Comparison
 from e2p.evaluation.tables import Metric
+from e2p.evaluation.tables import perplexity as show_perplexity
 
 LEAD = ("differences", "gains", "context")  # the three pictures that stand right under the verdict
 
@@ -33,7 +34,6 @@ class Gain(NamedTuple):
 def draw(
     results: Mapping[str, Any],
     comparisons: Sequence[Comparison],
-    scores: pl.DataFrame | None,
     space: pl.DataFrame | None,
     folder: Path,
 ) -> list[Picture]:
@@ -42,7 +42,6 @@ def draw(
     Args:
         results: a run's ``results.json``.
         comparisons: the same results' comparisons in the headline metric, in table order.
-        scores: the run's per-example scores, for the gains; None leaves out what needs them.
         space: the run's ``space.parquet``, for the map of the users; None leaves that picture out.
         folder: where the PNG files go; made if missing.
 
@@ -50,11 +49,11 @@ def draw(
         MissingExtraError: matplotlib is not installed.
     """
     metric, arms = Metric.of(results), results["arms"]
-    wide = _wide(scores, metric)
+    gains, seeds = results.get("gains") or {}, len(results.get("seeds") or ())
     found: list[Picture | None] = [
         draw_differences(comparisons, metric, folder),
-        draw_gains(wide, metric, folder),
-        draw_context(arms, comparisons, wide, metric, folder),
+        draw_gains(gains, metric, folder, seeds),
+        draw_context(arms, gains, metric, folder),
         draw_arms(arms, metric, folder),
         draw_breakdowns(results.get("breakdowns") or [], metric, folder),
         draw_space(results.get("space"), space, folder),
@@ -91,14 +90,14 @@ def draw_differences(comparisons: Sequence[Comparison], metric: Metric, folder: 
     return picture(folder, "differences", "What makes the difference", caption, height, paint)
 
 
-def draw_gains(wide: pl.DataFrame | None, metric: Metric, folder: Path) -> Picture | None:
-    """How many users gain how much by their own vector."""
-    found = gains_by_user(wide, metric)
-    if found is None:
+def draw_gains(gains: Mapping[str, Any], metric: Metric, folder: Path, seeds: int = 1) -> Picture | None:
+    """How many users gain how much by their own vector, in the mean of so many training seeds."""
+    values, against = np.array(gains.get("by_user") or (), float), str(gains.get("against"))
+    if not len(values):
         return None
-    against, values = found
     caption = (
-        f"Mean gain of the user's own vector over the arm {against}, user by user. Right of zero: the user gains; "
+        f"Mean gain of the user's own vector over the arm {against}, user by user"
+        f"{f', over {seeds} training seeds' if seeds > 1 else ''}. Right of zero: the user gains; "
         f"that is {float((values > 0).mean()):.0%} of {len(values):,} users."
     )
     return picture(
@@ -111,69 +110,45 @@ def draw_gains(wide: pl.DataFrame | None, metric: Metric, folder: Path) -> Pictu
     )
 
 
-def gains_by_user(wide: pl.DataFrame | None, metric: Metric) -> tuple[str, np.ndarray] | None:
-    """Per user, mean over examples of the gain of e2p over the first control there is."""
-    controls = [arm for arm in ("random", "static", "none") if wide is not None and arm in wide.columns]
-    if wide is None or "e2p" not in wide.columns or not controls:
-        return None
-    gain = metric.sign * (wide[controls[0]] - wide["e2p"]).to_numpy()
-    totals = cluster_totals(np.column_stack([gain, np.ones(len(gain))]), wide["user_id"].to_numpy())
-    return controls[0], totals[:, 0] / totals[:, 1]
-
-
-def draw_context(
-    arms: Mapping[str, Any], comparisons: Sequence[Comparison], wide: pl.DataFrame | None, metric: Metric, folder: Path
-) -> Picture | None:
+def draw_context(arms: Mapping[str, Any], gains: Mapping[str, Any], metric: Metric, folder: Path) -> Picture | None:
     """What each arm wins over the bare model against the tokens that it costs in every prompt."""
-    gains = gains_over_none(arms, comparisons, wide, metric)
-    if not gains:
+    found = gains_over_none(arms, gains, metric)
+    if not found:
         return None
-    own = (
-        "" if wide is not None or metric.name != "nats_per_token" else " Over all tokens; intervals are each arm's own."
-    )
+    own = " Over all tokens; intervals are each arm's own." if metric.perplexity and not gains.get("over_none") else ""
     caption = (
         f"Gain over the bare model (dashed) against the tokens that the conditioning adds to every prompt; with 95% "
         f"intervals. Top left: much for little. Arms of one cost stand side by side.{own}"
     )
     return picture(
-        folder, "context", "Gain against context", caption, 2.9, lambda figure: _context(figure, gains, metric)
+        folder, "context", "Gain against context", caption, 2.9, lambda figure: _context(figure, found, metric)
     )
 
 
-def gains_over_none(
-    arms: Mapping[str, Any], comparisons: Sequence[Comparison], wide: pl.DataFrame | None, metric: Metric
-) -> list[Gain]:
-    """Gain of every arm over the arm none.
+def gains_over_none(arms: Mapping[str, Any], gains: Mapping[str, Any], metric: Metric) -> list[Gain]:
+    """Gain over the arm none of every arm whose cost is known.
 
-    With scores, it is a mean over examples, as in the comparisons; the intervals are theirs, and of an arm that is not
-    compared with none, of a bootstrap over users. Without scores, both follow from the arms' own figures.
+    It is the results' own (a mean over examples, as in the comparisons); in results of before there were any, it
+    follows from the arms' own figures.
     """
     names = [arm for arm in arm_order(arms) if arm != "none" and arms[arm].get("context_tokens") is not None]
-    floor = metric.mean(arms["none"]) if "none" in arms else None
-    if floor is None or not names:
+    if "none" not in arms:
         return []
-    gains = []
-    if wide is None or not {"none", *names} <= set(wide.columns):
-        for arm in names:
-            if (mean := metric.mean(arms[arm])) is not None:
-                ends = None if mean[1] is None else [metric.sign * (floor[0] - bound) for bound in mean[1]]
-                gains.append(Gain(arm, arms[arm]["context_tokens"], metric.sign * (floor[0] - mean[0]), _sorted(ends)))
-        return gains
-    columns = [metric.sign * (wide["none"] - wide[arm]).to_numpy() for arm in names]
-    totals = cluster_totals(np.column_stack([*columns, np.ones(wide.height)]), wide["user_id"].to_numpy())
-    resampled = bootstrap_totals(totals, 2000, 42)
-    tested = {c.arm: [-metric.sign * end for end in c.ci] for c in comparisons if c.against == "none" and c.ci}
-    for index, arm in enumerate(names):
-        drawn = percentile_interval(resampled[:, index] / resampled[:, -1]) if len(totals) > 1 else None
-        gain = float(columns[index].mean())
-        gains.append(Gain(arm, arms[arm]["context_tokens"], gain, _sorted(tested.get(arm, drawn))))
-    return gains
+    if over_none := gains.get("over_none"):
+        told = [(arm, over_none[arm]["gain"], over_none[arm]["ci"]) for arm in names if arm in over_none]
+        return [Gain(arm, arms[arm]["context_tokens"], float(gain), _sorted(ci)) for arm, gain, ci in told]
+    found, floor = [], metric.mean(arms["none"])
+    for arm in names:
+        if floor is not None and (mean := metric.mean(arms[arm])) is not None:
+            ends = None if mean[1] is None else [metric.sign * (floor[0] - bound) for bound in mean[1]]
+            found.append(Gain(arm, arms[arm]["context_tokens"], metric.sign * (floor[0] - mean[0]), _sorted(ends)))
+    return found
 
 
 def draw_arms(arms: Mapping[str, Any], metric: Metric, folder: Path) -> Picture | None:
     """Every arm's perplexity, or its mean of another headline metric."""
     names, values = [], []
-    perplexity = metric.name == "nats_per_token"
+    perplexity = metric.perplexity
     for arm in arm_order(arms):
         mean = metric.mean(arms[arm])
         if perplexity and arms[arm].get("perplexity") is not None:
@@ -189,7 +164,7 @@ def draw_arms(arms: Mapping[str, Any], metric: Metric, folder: Path) -> Picture 
         axes = figure.subplots()
         for row, (arm, (value, interval)) in enumerate(zip(names, values, strict=True)):
             bar(axes, value, interval, row, ARM_TONES["e2p"] if arm.startswith("e2p") else GREY)
-            text = f"{value:.2f}" if perplexity else f"{value:.3f}"
+            text = show_perplexity(value) if perplexity else f"{value:.3f}"
             axes.annotate(text, (value, row), (0, 5), textcoords="offset points", ha="center", fontsize=8.5)
         axes.set_xlabel(label)
         rows(axes, names)
@@ -226,15 +201,6 @@ def draw_breakdowns(breakdowns: Sequence[Mapping[str, Any]], metric: Metric, fol
         f"from a bootstrap over users, each for itself. {side} of zero: better. Grey: the interval holds zero."
     )
     return picture(folder, "breakdowns", "For whom it works", caption, 0.5 + sum(heights), paint)
-
-
-def _wide(scores: pl.DataFrame | None, metric: Metric) -> pl.DataFrame | None:
-    """Scores of the headline metric, one column per arm; None where the scores do not hold it."""
-    if scores is None:
-        return None
-    stored = set(scores["metric"].unique()) if "metric" in scores.columns else set()
-    derived = "nll" in stored and metric.name in ("nats_per_token", "bits_per_byte")
-    return per_example(scores, metric.name) if metric.name in stored or derived or not stored else None
 
 
 def _sorted(ends: Sequence[float] | None) -> tuple[float, float] | None:

@@ -13,9 +13,9 @@ import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from e2p.config import RunConfig, load_yaml, to_dict
+from e2p.config import DataConfig, RunConfig, load_yaml, save_yaml, to_dict
 from e2p.data.sources import cache_root
-from e2p.data.tables import example_batches, write_frame
+from e2p.data.tables import content_key, example_batches, write_frame
 from e2p.data.templates import Prompt
 from e2p.data.tokenised import TokenisedExamples, tokenise
 from e2p.errors import DataError, E2PError, RunError
@@ -94,6 +94,7 @@ def score(
     config = run_config(folder)
     backbone = backbone or FrozenBackbone.load(config.backbone, config.training.precision)
     e2p = E2PModel.from_pretrained(folder / "adapter", backbone)
+    tables = table_keys(config.data)  # now: they may change while this is at work
     inputs = load_inputs(config.data, e2p.encoder, e2p.projector.config.position)
     _check_vectors(config, e2p, inputs)
     check_inputs(folder, "e2p", inputs)
@@ -115,6 +116,9 @@ def score(
         warnings.append("On validation data the prefix is worse than no prefix. Do not serve this adapter.")
         if console:
             warn_useless(console, judged)
+    (folder / ABOUT).unlink(missing_ok=True)  # older scores' must not stand beside new ones
+    write_frame(folder / SCORES, scores)
+    write_frame(folder / COVARIATES, covariates(inputs))
     seed = config.evaluation.seed
     drawn: dict[str, Any] = {}
     for part, title, draw in (
@@ -124,11 +128,8 @@ def score(
     ):
         try:
             drawn[part] = draw()
-        except (E2PError, RuntimeError) as error:  # an illustration must not cost what has been judged
-            warnings.append(f"No {title}: {' '.join(str(error).split())}")
-    (folder / ABOUT).unlink(missing_ok=True)  # older scores' must not stand beside new ones
-    write_frame(folder / SCORES, scores)
-    write_frame(folder / COVARIATES, covariates(inputs))
+        except Exception as error:  # whatever it is: an illustration must not cost what has been judged
+            warnings.append(f"No {title}: {' '.join(str(error).split()) or type(error).__name__}")
     about = {
         "format": FORMAT,
         "task": Path(config.data.examples).parent.name,
@@ -136,6 +137,7 @@ def score(
         "seed": config.training.seed,
         "config": to_dict(config),
         "inputs": inputs.identity(),
+        "tables": tables,
         "data": dict(inputs.counts),
         "training": training,
         "leaks": leaks,
@@ -148,17 +150,31 @@ def score(
 
 def run_config(folder: Path) -> RunConfig:
     """The settings of a trained run. Raises RunError if the folder holds no finished training."""
-    if not (folder / "config.yaml").is_file() or not (folder / "adapter" / CONFIG).is_file():
+    if not (folder / "config.yaml").is_file() or not _trained(folder):
         raise RunError(f"{folder}: expected a run with config.yaml and adapter/, found none; run e2p train first")
     return load_yaml(folder / "config.yaml")
 
 
-def is_scored(folder: Path) -> bool:
-    """Whether a run has been scored to the end with the settings that it has now."""
+def table_keys(config: DataConfig) -> dict[str, str] | None:
+    """Hashes of what a run's tables say, which take no model; None if they cannot be read (any more)."""
+    try:
+        return {"examples": content_key(config.examples), "embeddings": content_key(config.embeddings)}
+    except E2PError:
+        return None
+
+
+def is_scored(folder: Path, tables: Mapping[str, str] | None = None) -> bool:
+    """Whether a run has been scored to the end with the settings that it has now, and on these tables.
+
+    Args:
+        folder: the run's.
+        tables: of :func:`table_keys`; None: the tables are gone, and the scores stand as they are.
+    """
     about = read_about(folder)
     if about is None or about.get("format") != FORMAT or not (folder / SCORES).is_file():
         return False
-    return bool(about.get("config") == to_dict(run_config(folder)))
+    same = tables is None or about.get("tables") == tables
+    return bool(same and about.get("config") == to_dict(run_config(folder)))
 
 
 def refuse_leaks(folder: Path, leaks: Iterable[Mapping[str, Any]], allowed: bool) -> None:
@@ -174,7 +190,7 @@ def score_seeds(
     """Train and score a run with other training seeds too, each in ``<run>/seeds/<seed>``; resumable.
 
     Args:
-        run: a trained run. It is scored as well, if that has not been done with its settings.
+        run: a trained run. It is scored as well, if that has not been done with its settings and tables.
         seeds: training seeds; the run's own one is always among them.
         console: where progress is shown; None: nowhere.
         allow_leaks: go on where a leak check fires.
@@ -183,42 +199,59 @@ def score_seeds(
         The run folders, the run itself first. What is finished is not done again.
 
     Raises:
-        RunError, DataError: as :func:`score`; or a seed's folder holds a run with other settings.
+        RunError, DataError: as :func:`score`; or a seed's folder holds a run with other settings. The settings of
+            the evaluation are no reason: a seed's folder takes on the run's.
     """
     config = run_config(run)
-    others = [seed for seed in dict.fromkeys(seeds) if seed != config.training.seed]
-    folders = [run / "seeds" / str(seed) for seed in others]
-    for folder, seed in zip(folders, others, strict=True):
-        _check_settings(folder, with_seed(config, seed, str(folder)))  # of all, before any long work
-    backbone: FrozenBackbone | None = None
-    for folder, seed in zip([run, *folders], [config.training.seed, *others], strict=True):
-        trained = (folder / "adapter" / CONFIG).is_file()
-        if trained and is_scored(folder):
+    own = config.training.seed
+    folders = {own: run} | {seed: run / "seeds" / str(seed) for seed in dict.fromkeys(seeds) if seed != own}
+    for seed, folder in folders.items():
+        if seed != own:
+            _take_settings(folder, with_seed(config, seed, str(folder)))  # of all, before any long work
+    tables = table_keys(config.data)
+    left = {seed: folder for seed, folder in folders.items() if not (_trained(folder) and is_scored(folder, tables))}
+    for seed, folder in folders.items():
+        if seed not in left:
             refuse_leaks(folder, (read_about(folder) or {}).get("leaks") or (), allow_leaks)
-            continue
-        backbone = backbone or FrozenBackbone.load(config.backbone, config.training.precision)
-        if not trained:
+    if not left:
+        return list(folders.values())
+    backbone = FrozenBackbone.load(config.backbone, config.training.precision)
+    encoder = text_encoder(backbone, config.data, config.projector.prefix_tokens)
+    inputs = load_inputs(config.data, encoder, config.projector.position)
+    for folder in folders.values():
+        for arm in ("e2p", "static", "shuffled"):
+            if _trained(arm_folder(folder, arm)):
+                check_inputs(folder, arm, inputs)
+    for seed, folder in left.items():
+        if not _trained(folder):
             one, started = with_seed(config, seed, str(folder)), (folder / "config.yaml").is_file()
-            encoder = text_encoder(backbone, one.data, one.projector.prefix_tokens)
-            inputs = load_inputs(one.data, encoder, one.projector.position)
             if not started:
                 prepare_folder(one, overwrite=False, resume=False)
             train_arm(one, backbone, inputs, "e2p", folder, console, resume=started)
         score(folder, console, None, allow_leaks, backbone)
-    return [run, *folders]
+    return list(folders.values())
 
 
-def _check_settings(folder: Path, wanted: RunConfig) -> None:
-    """Raises RunError if a seed's folder holds a run with other settings."""
-    if not (folder / "config.yaml").is_file():
+def _trained(folder: Path) -> bool:
+    return (folder / "adapter" / CONFIG).is_file()
+
+
+def _take_settings(folder: Path, wanted: RunConfig) -> None:
+    """Let a seed's folder be judged as the run is. Raises RunError if it holds a run with other settings."""
+    path = folder / "config.yaml"
+    if not path.is_file():
         return
-    here, there = flat(to_dict(load_yaml(folder / "config.yaml"))), flat(to_dict(wanted))
-    differs = [name for name in there if here.get(name) != there[name] and name != "output"]  # it may have been moved
+    config = load_yaml(path)
+    here, there = flat(to_dict(config)), flat(to_dict(wanted))
+    free = ("output", "evaluation.")  # it may have been moved; how it is judged has no part in its training
+    differs = [name for name in there if here.get(name) != there[name] and not name.startswith(free)]
     if differs:
         raise RunError(
             f"{folder}: expected the run's settings with another seed, got other {', '.join(differs)}; delete the "
             "folder, or put the settings back"
         )
+    if config.evaluation != wanted.evaluation:
+        save_yaml(dataclasses.replace(config, evaluation=wanted.evaluation), path)
 
 
 def _check_vectors(config: RunConfig, e2p: E2PModel, inputs: RunInputs) -> None:
@@ -270,7 +303,7 @@ def _possible_arms(
 def _control(
     config: RunConfig, backbone: FrozenBackbone, inputs: RunInputs, arm: str, folder: Path, console: Console | None
 ) -> E2PModel:
-    if (arm_folder(folder, arm) / "adapter" / CONFIG).is_file():
+    if _trained(arm_folder(folder, arm)):
         check_inputs(folder, arm, inputs)
         return E2PModel.from_pretrained(arm_folder(folder, arm) / "adapter", backbone)
     return train_arm(config, backbone, inputs, arm, folder, console, resume=True)[0]  # an interrupted one goes on

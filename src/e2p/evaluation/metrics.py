@@ -21,9 +21,12 @@ from e2p.errors import DataError
 from e2p.evaluation.significance import Direction, bootstrap_totals, cluster_totals, percentile_interval
 
 COLUMNS = ("example_id", "user_id", "arm", "metric", "value")
-_KEY = COLUMNS[:4]
+# The long table of one training seed; or one of each, and then their mean, example by example, is what counts.
+Scores = pl.DataFrame | Sequence[pl.DataFrame]
+_RESERVED = ("example_id", "user_id", "tokens")  # columns beside the arms
 _RATIOS = {"nats_per_token": ("nll", "tokens", 1.0), "bits_per_byte": ("nll", "bytes", math.log(2))}
 _PARTS = ("nll", "tokens", "bytes", "context_tokens")  # what likelihoods are made of
+_SAME = "expected the same examples, arms and metrics in each"
 _KNOWN: dict[str, tuple[str, Direction]] = {
     "nats_per_token": ("nats per token", "lower"),
     "bits_per_byte": ("bits per byte", "lower"),
@@ -76,14 +79,14 @@ def metric_of(name: str, better: Mapping[str, Direction] | None = None) -> Metri
     return Metric(name, label, "lower" if direction == "lower" else "higher")
 
 
-def audited_metrics(scores: pl.DataFrame) -> list[str]:
+def audited_metrics(scores: Scores) -> list[str]:
     """The metrics that scores can be judged by: nats per token first, where there are likelihoods, then the others in
     the order in which they stand there. The first drives the verdict.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or the seeds differ in theirs.
     """
-    stored = scores["metric"].unique(maintain_order=True).to_list()
+    stored = _stored(_tables(scores))
     likelihood = "nats_per_token" if "tokens" in stored else "nll"
     found = [likelihood] if "nll" in stored else []
     found += [name for name in stored if name not in (*_PARTS, *found)]
@@ -98,11 +101,11 @@ def arm_order(arms: Iterable[str]) -> list[str]:
     return sorted(set(arms), key=lambda arm: (rank.get(arm, len(ARMS)), arm))
 
 
-def per_example(scores: pl.DataFrame, metric: str = "nats_per_token") -> pl.DataFrame:
+def per_example(scores: Scores, metric: str = "nats_per_token") -> pl.DataFrame:
     """One row per example and one column per arm: the input of every paired comparison.
 
     Args:
-        scores: the long table of a run.
+        scores: the long table of a run, or of each training seed: then their mean.
         metric: a stored metric, ``nats_per_token`` (nll / tokens) or ``bits_per_byte`` (nll / ln 2 / bytes).
             Only the completion's tokens and bytes count; prompt and prefix are masked.
 
@@ -111,45 +114,21 @@ def per_example(scores: pl.DataFrame, metric: str = "nats_per_token") -> pl.Data
         arms that have the metric; sorted by ``example_id``.
 
     Raises:
-        DataError: arms differ in their examples, completions were not the same, or a value is not finite.
+        DataError: arms or seeds differ in their examples, completions were not the same, an arm bears the name of a
+            column, or a value is not finite.
     """
-    _check_columns(scores)
-    stored = set(scores["metric"].unique())
+    tables = _tables(scores)
+    stored = _stored(tables)
     above, below, unit = (metric, None, 1.0) if metric in stored else _RATIOS.get(metric, (metric, None, 1.0))
-    wide = _pivot(scores, above)
+    wide = _pivot(tables, above)
     arms = wide.columns[2:]
     if below is not None:
-        size = _same_in_all_arms(scores, below, wide)
+        size = _same_in_all_arms(tables, below, wide)
         wide = wide.with_columns(pl.col(arm) / unit / size for arm in arms)
     if above == "nll" and "tokens" in stored:
-        wide = wide.with_columns(_same_in_all_arms(scores, "tokens", wide).alias("tokens"))
+        wide = wide.with_columns(_same_in_all_arms(tables, "tokens", wide).alias("tokens"))
         wide = wide.select("example_id", "user_id", "tokens", *arms)
     return wide
-
-
-def over_seeds(scores: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """The mean over training seeds of every score: again a long table, with which all goes on as with one seed.
-
-    Args:
-        scores: the long table of each seed.
-
-    Raises:
-        DataError: the seeds are not judged on the same examples, arms and metrics.
-    """
-    if len(scores) == 1:
-        return scores[0]
-    for table in scores:
-        _check_columns(table)
-    together = pl.concat(table.select(*_KEY, pl.col("value").cast(pl.Float64)) for table in scores)
-    mean = together.group_by(_KEY, maintain_order=True).agg(pl.col("value").mean(), pl.len().alias("seeds"))
-    lacking = mean.filter(pl.col("seeds") != len(scores))
-    if not lacking.is_empty():
-        row = lacking.row(0, named=True)
-        raise DataError(
-            f"scores: example '{row['example_id']}' has {row['metric']} of arm '{row['arm']}' {row['seeds']} times in "
-            f"{len(scores)} seeds; expected the same examples, arms and metrics in each"
-        )
-    return mean.select(COLUMNS)
 
 
 def means(wide: pl.DataFrame, metric: str, resamples: int = 10_000, seed: int = 42) -> dict[str, dict[str, Any]]:
@@ -177,7 +156,7 @@ def means(wide: pl.DataFrame, metric: str, resamples: int = 10_000, seed: int = 
     return found
 
 
-def summarise(scores: pl.DataFrame, resamples: int = 10_000, seed: int = 42) -> dict[str, dict[str, Any]]:
+def summarise(scores: Scores, resamples: int = 10_000, seed: int = 42) -> dict[str, dict[str, Any]]:
     """Likelihood figures per arm over the whole test set.
 
     Perplexity (paper, Section 4.3) is exp(sum of nll / sum of tokens) over the completions alone: prompt,
@@ -185,8 +164,8 @@ def summarise(scores: pl.DataFrame, resamples: int = 10_000, seed: int = 42) -> 
     user are not independent; all arms see the same resamples.
 
     Args:
-        scores: the long table, with the metrics ``nll`` (nats) and ``tokens``, if possible ``bytes`` and
-            ``context_tokens``.
+        scores: the long table, or those of the training seeds, with the metrics ``nll`` (nats) and ``tokens``, if
+            possible ``bytes`` and ``context_tokens``.
         resamples: bootstrap resamples of the users.
         seed: seed of the resamples.
 
@@ -198,12 +177,12 @@ def summarise(scores: pl.DataFrame, resamples: int = 10_000, seed: int = 42) -> 
     Raises:
         DataError: as :func:`per_example`.
     """
-    _check_columns(scores)
-    nll = _pivot(scores, "nll")
-    tokens = _same_in_all_arms(scores, "tokens", nll).to_numpy()
-    stored = set(scores["metric"].unique())
-    size = float(_same_in_all_arms(scores, "bytes", nll).sum()) if "bytes" in stored else None
-    context = _pivot(scores, "context_tokens", nll) if "context_tokens" in stored else None
+    tables = _tables(scores)
+    stored = _stored(tables)
+    nll = _pivot(tables, "nll")
+    tokens = _same_in_all_arms(tables, "tokens", nll).to_numpy()
+    size = float(_same_in_all_arms(tables, "bytes", nll).sum()) if "bytes" in stored else None
+    context = _pivot(tables, "context_tokens", nll) if "context_tokens" in stored else None
     arms = nll.columns[2:]
 
     totals = cluster_totals(np.column_stack([nll.select(arms).to_numpy(), tokens]), nll["user_id"].to_numpy())
@@ -230,21 +209,55 @@ def _exp(nats: float) -> float:
     return math.exp(min(float(nats), 700.0))  # a broken model's loss must not overflow the report
 
 
-def _check_columns(scores: pl.DataFrame) -> None:
-    missing = [column for column in COLUMNS if column not in scores.columns]
-    if missing:
-        raise DataError(f"scores: expected the columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
-    if scores.is_empty():
+def _tables(scores: Scores) -> list[pl.DataFrame]:
+    tables = [scores] if isinstance(scores, pl.DataFrame) else list(scores)
+    for table in tables:
+        missing = [column for column in COLUMNS if column not in table.columns]
+        if missing:
+            raise DataError(f"scores: expected the columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
+    if not tables or any(table.is_empty() for table in tables):
         raise DataError("scores: no rows; nothing was evaluated")
+    return tables
 
 
-def _pivot(scores: pl.DataFrame, metric: str, like: pl.DataFrame | None = None) -> pl.DataFrame:
-    """Checked wide table of one stored metric: example_id, user_id, arms; for the examples and arms of ``like``."""
+def _stored(tables: Sequence[pl.DataFrame]) -> list[str]:
+    """The metrics in the tables, in the order in which they stand there."""
+    first, *others = (table["metric"].unique(maintain_order=True).to_list() for table in tables)
+    for other in others:
+        if differs := sorted(set(first) ^ set(other)):
+            raise DataError(f"scores: {differs[0]} is there in some seeds only; {_SAME}")
+    return first
+
+
+def _pivot(tables: Sequence[pl.DataFrame], metric: str, like: pl.DataFrame | None = None) -> pl.DataFrame:
+    """Checked wide table of one stored metric: example_id, user_id, arms; for the examples and arms of ``like``.
+
+    Of several seeds the mean; one metric of one seed is held in memory beside it."""
+    mean = _pivot_one(tables[0], metric, like)
+    arms = mean.columns[2:]
+    for table in tables[1:]:
+        wide = _pivot_one(table, metric, like)
+        if differs := sorted(set(arms) ^ set(wide.columns[2:])):
+            raise DataError(f"scores: arm '{differs[0]}' has {metric} in some seeds only; {_SAME}")
+        if not wide[:, :2].equals(mean[:, :2]):
+            one, other = (frame.select("example_id", "user_id") for frame in (mean, wide))
+            lone = pl.concat([one.join(other, one.columns, "anti"), other.join(one, one.columns, "anti")])
+            raise DataError(
+                f"scores: example '{lone['example_id'][0]}' of user '{lone['user_id'][0]}' has {metric} in some seeds "
+                f"only; {_SAME}"
+            )
+        mean = mean.with_columns(pl.col(arm) + wide[arm] for arm in arms)
+    return mean.with_columns(pl.col(arm) / len(tables) for arm in arms) if len(tables) > 1 else mean
+
+
+def _pivot_one(scores: pl.DataFrame, metric: str, like: pl.DataFrame | None) -> pl.DataFrame:
     part = scores.filter(pl.col("metric") == metric)
     if like is not None:
         part = part.filter(pl.col("arm").is_in(like.columns[2:])).join(like.select("example_id"), "example_id", "semi")
     elif part.is_empty():
         raise DataError(f"scores: no {metric}; there is {', '.join(scores['metric'].unique(maintain_order=True))}")
+    if reserved := sorted(set(part["arm"].unique()) & set(_RESERVED)):
+        raise DataError(f"scores: arm '{reserved[0]}': expected another name than that of a column; rename the arm")
     _check_coverage(part, metric, like)
     broken = part.filter(~pl.col("value").is_finite().fill_null(False))
     if not broken.is_empty():
@@ -276,14 +289,18 @@ def _check_coverage(part: pl.DataFrame, metric: str, like: pl.DataFrame | None) 
             raise DataError(f"scores: arm '{arm}' has {rows} values of {metric} for {examples} examples; expected one")
 
 
-def _same_in_all_arms(scores: pl.DataFrame, metric: str, like: pl.DataFrame) -> pl.Series:
-    """A completion's size, > 0. If it differs between arms, they were not scored on the same completions."""
-    wide = _pivot(scores, metric, like)
-    values = wide.select(wide.columns[2:]).to_numpy()
-    for wrong, what in (
-        (values.min(1) != values.max(1), "differs between arms"),
-        (values.min(1) <= 0, "is not > 0"),
-    ):
-        if wrong.any():
-            raise DataError(f"scores: {metric} of example '{wide['example_id'][int(wrong.argmax())]}' {what}")
-    return wide[wide.columns[2]]
+def _same_in_all_arms(tables: Sequence[pl.DataFrame], metric: str, like: pl.DataFrame) -> pl.Series:
+    """A completion's size, > 0. If it differs between arms or seeds, they were not scored on the same completions."""
+    sizes: list[pl.Series] = []
+    for table in tables:
+        wide = _pivot_one(table, metric, like)
+        values = wide.select(wide.columns[2:]).to_numpy()
+        sizes.append(wide[wide.columns[2]])
+        for wrong, what in (
+            (values.min(1) != values.max(1), "differs between arms"),
+            (values.min(1) <= 0, "is not > 0"),
+            ((sizes[-1] != sizes[0]).to_numpy(), "differs between seeds"),
+        ):
+            if wrong.any():
+                raise DataError(f"scores: {metric} of example '{wide['example_id'][int(wrong.argmax())]}' {what}")
+    return sizes[0]

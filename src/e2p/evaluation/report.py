@@ -14,10 +14,9 @@ import yaml
 
 from e2p.errors import DataError, RunError
 from e2p.evaluation.aggregate import p_value, signed
-from e2p.evaluation.figures import LEAD, draw
+from e2p.evaluation.figures import LEAD, draw, gains_over_none
 from e2p.evaluation.figures_space import SPACE_COLUMNS, likeness_caption, space_caption
 from e2p.evaluation.look import Picture
-from e2p.evaluation.metrics import over_seeds
 from e2p.evaluation.significance import COMPARISONS, Comparison, verdict
 from e2p.evaluation.tables import (
     QUESTIONS,
@@ -29,6 +28,7 @@ from e2p.evaluation.tables import (
     latex,
     leak_table,
     likeness_table,
+    perplexity,
     plain,
     training_table,
     write_csv,
@@ -56,6 +56,7 @@ _SECTIONS: dict[str, type] = {
     "rule": str,
     "other_metrics": list,
     "breakdowns": list,
+    "gains": dict,
     "leaks": list,
 }
 
@@ -64,8 +65,7 @@ def report(run: str) -> None:
     """Write the report of an evaluated run: report.html (one file), report.md, tables.tex, CSV and figures/*.png.
 
     Args:
-        run: the run's folder, with results.json and, where there are, scores.parquet (for the gains by user) and
-            space.parquet (for the map of the users).
+        run: the run's folder, with results.json and, for the map of the users, space.parquet.
     """
     print(f"{write_report(Path(run))}\n{Path(run) / 'report.html'}")
 
@@ -75,10 +75,7 @@ def write_report(folder: Path) -> str:
     results = load_results(folder)
     metric, comparisons = Metric.of(results), comparisons_of(results)
     space = _parquet(folder / "space.parquet", SPACE_COLUMNS) if results.get("space") else None
-    scores = _parquet(folder / "scores.parquet")
-    if scores is not None and "seed" in scores.columns:
-        scores = over_seeds(scores.partition_by("seed", maintain_order=True))
-    pictures = draw(results, comparisons, scores, space, folder / "figures")
+    pictures = draw(results, comparisons, space, folder / "figures")
     view = _view(results, comparisons, pictures)
     texts = {name: _render(name, view) for name in ("report.html", "report.md")}
     texts["tables.tex"] = latex(
@@ -114,7 +111,7 @@ def load_results(folder: Path) -> dict[str, Any]:
         elif not isinstance(value, kind):
             raise RunError(f"{path}: {name}: expected {kind.__name__}, got {type(value).__name__}")
     metric = Metric.of(results)
-    needed = ["examples", "users", metric.name, *(["perplexity"] if metric.name == "nats_per_token" else [])]
+    needed = ["examples", "users", metric.name, *(["perplexity"] if metric.perplexity else [])]
     for arm, figures in results["arms"].items():
         bad = [name for name in needed if not isinstance(_get(figures, name), int | float)]
         if bad:
@@ -128,6 +125,10 @@ def load_results(folder: Path) -> dict[str, Any]:
         "arms": lambda: arm_table(results["arms"], metric),
         "other_metrics": lambda: [_other_metric(one) for one in results["other_metrics"]],
         "breakdowns": lambda: [_breakdown(one, metric) for one in results["breakdowns"]],
+        "gains": lambda: (
+            [float(gain) for gain in results["gains"].get("by_user") or ()],
+            gains_over_none(results["arms"], results["gains"], metric),
+        ),
         "leaks": lambda: leak_table(results["leaks"]),
         "space": lambda: results.get("space") and space_caption(results["space"]),
         "prefix": lambda: results.get("prefix") and likeness_caption(results["prefix"]),
@@ -292,8 +293,8 @@ def _tiles(arms: Mapping[str, Any], comparisons: Sequence[Comparison], metric: M
         if c.name in ("true minus random", "true minus static")
     ]
     if {"none", "e2p"} <= arms.keys():
-        name, digits = ("perplexity", 2) if metric.name == "nats_per_token" else (metric.name, 3)
-        value = f"{arms['none'][name]:.{digits}f} → {arms['e2p'][name]:.{digits}f}"
+        name, show = ("perplexity", perplexity) if metric.perplexity else (metric.name, "{:.3f}".format)
+        value = f"{show(arms['none'][name])} → {show(arms['e2p'][name])}"
         label = "perplexity" if name == "perplexity" else metric.label
         tiles.append({"label": label, "value": value, "note": "bare model → with the user's vector", "tone": "none"})
     return tiles

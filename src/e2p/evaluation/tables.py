@@ -41,7 +41,13 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Metric(metrics.Metric):
-    """A metric as a report needs it: read from the results, with the direction of a gain and an arm's mean of it."""
+    """A metric as a report needs it: read from the results, with the direction of a gain and an arm's mean of it.
+
+    Args:
+        tokens: whether the tokens are known that nats are per, without which there is no perplexity.
+    """
+
+    tokens: bool = True
 
     @classmethod
     def of(cls, results: Mapping[str, Any]) -> Metric:
@@ -49,7 +55,14 @@ class Metric(metrics.Metric):
         given = results.get("metric") or {}
         better: Direction = "higher" if given.get("better") == "higher" else "lower"
         name = str(given.get("name", "nats_per_token"))
-        return cls(name, str(given.get("label", name.replace("_", " "))), better)
+        arms = [figures for figures in (results.get("arms") or {}).values() if isinstance(figures, Mapping)]
+        tokens = name != "nats_per_token" or not arms or any("perplexity" in figures for figures in arms)
+        return cls(name, str(given.get("label", name.replace("_", " "))), better, tokens)
+
+    @property
+    def perplexity(self) -> bool:
+        """Whether the arms have a perplexity, which is then shown first."""
+        return self.name == "nats_per_token" and self.tokens
 
     @property
     def sign(self) -> int:
@@ -83,14 +96,13 @@ class Table(NamedTuple):
 def comparison_table(comparisons: Sequence[Comparison], metric: Metric) -> Table:
     """Every comparison with its tests; with several seeds, their spread."""
     several = any(len(c.by_seed) > 1 for c in comparisons)
-    nats = metric.name == "nats_per_token"
     headings = ["comparison", "verdict", metric.label, "95% interval", *(["over seeds"] if several else [])]
-    headings += [*(["perplexity"] if nats else []), "p (Holm)", "p bootstrap", "p paired t", "effect size"]
+    headings += [*(["perplexity"] if metric.perplexity else []), "p (Holm)", "p bootstrap", "p paired t", "effect size"]
     table = []
     for c in comparisons:
         cells = [c.name, c.verdict, signed(c.difference), interval(c.ci)]
         cells += [f"± {c.seed_std:.3f}"] if several else []
-        cells += [_real(f"{math.expm1(c.corpus_difference):+.1%}")] if nats else []
+        cells += [_times(c.corpus_difference)] if metric.perplexity else []
         cells += [p_value(c.p_holm), p_value(c.p_bootstrap), p_value(c.p_ttest), _real(f"{c.effect_size:+.2f}")]
         table.append(cells)
     lead = sum(c.name in ("true minus random", "true minus static") for c in comparisons[:2])
@@ -109,7 +121,7 @@ def arm_table(arms: Mapping[str, Any], metric: Metric) -> Table:
     table = []
     for arm in arm_order(arms):
         figures = arms[arm]
-        digits = "{:.2f}".format if first == "perplexity" else "{:.3f}".format
+        digits = perplexity if first == "perplexity" else "{:.3f}".format
         cells = [arm, _or_dash(figures.get(first), digits), interval(figures.get(f"{first}_ci"), digits)]
         cells += [_or_dash(figures[name], "{:.3f}".format) for name in others]
         cells += [_or_dash(figures.get("context_tokens"), "{:.1f}".format)] if cost else []
@@ -229,6 +241,17 @@ def write_csv(folder: Path, sections: Sequence[Mapping[str, Any]], seeds: Sequen
     for file, rows, names in (("comparisons", compared, ["name", "arm", "against"]), ("arms", arms, ["arm", "metric"])):
         frame = pl.DataFrame(rows, infer_schema_length=None) if rows else pl.DataFrame(schema=names)
         frame.write_csv(folder / f"{file}.csv")
+
+
+def perplexity(value: float) -> str:
+    """Two decimals; a broken model's, short."""
+    return f"{value:.2f}" if value < 1e6 else f"{value:.2e}"
+
+
+def _times(nats: float) -> str:
+    """What a difference in nats does to the perplexity: per cent; from a hundredfold on, how many times."""
+    ratio = math.exp(min(nats, 700.0))
+    return _real(f"{ratio - 1:+.1%}") if ratio < 100 else f"×{ratio:.3g}"
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
