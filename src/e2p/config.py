@@ -236,6 +236,8 @@ class EvaluationConfig:
         resamples: bootstrap resamples of the users.
         samples: users for whom one and the same prompt is answered in the report.
         max_new_tokens: length of those answers.
+        attribute: column of the example table, such as country or genre, that colours the map of the users by each
+            one's commonest value; empty: clusters of their vectors.
         seed: seed of the random arm, of the bootstrap and of the samples.
     """
 
@@ -243,6 +245,7 @@ class EvaluationConfig:
     resamples: int = 10_000
     samples: int = 3
     max_new_tokens: int = 48
+    attribute: str = ""
     seed: int = 42
 
     def __post_init__(self) -> None:

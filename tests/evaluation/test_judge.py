@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -21,7 +22,7 @@ from e2p.evaluation.evaluate import evaluate
 from e2p.evaluation.judge import judge
 from e2p.evaluation.report import load_results
 from e2p.training.run import train
-from tiny_run import examples_frame, inputs_of, tiny_run, write_tables
+from tiny_run import WORDS, examples_frame, inputs_of, tiny_run, write_tables
 
 
 @pytest.fixture(scope="module")
@@ -295,3 +296,15 @@ def test_sample_answers_fit_in_the_window_and_cost_nothing_if_they_fail(
         "No map of the users: Input X contains infinity",
     ]
     assert load_results(Path(config.output))["arms"] == results["arms"]
+
+
+def test_a_setting_names_the_column_that_colours_the_map(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, users=60, max_steps=2)
+    evaluation = EvaluationConfig(("none", "static", "random", "e2p"), 100, 0, 4, attribute="completion")
+    config = replace(config, evaluation=evaluation)
+    vectors = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    write_embeddings(config.data.embeddings, [f"u{u:02d}" for u in range(60)], vectors)
+    train(config)
+    found = judge(config.output)["space"]
+    assert found["coloured_by"] == "completion"
+    assert {cluster["name"] for cluster in found["clusters"]} == {f"{word} {word}" for word in WORDS}

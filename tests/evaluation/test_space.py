@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from e2p.data.tables import write_embeddings
+from e2p.errors import DataError
 from e2p.evaluation import space
-from e2p.evaluation.space import describe_prefix, describe_space, preservation
+from e2p.evaluation.space import describe_prefix, describe_space, known_attribute, preservation
 from e2p.model.e2p import E2PModel
 from e2p.training.inputs import RunInputs
 from tiny_run import inputs_of, tiny_run
@@ -238,3 +239,11 @@ def test_one_test_user_has_no_prefix_to_describe(tiny: tuple[E2PModel, RunInputs
     split = inputs.split.copy()
     split[rows[1:]] = -1
     assert describe_prefix(model, replace(inputs, split=split), seed=1) is None
+
+
+def test_the_attribute_of_a_user_is_his_commonest_value(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"user_id": ["a", "a", "a", "b", "b", "c"], "genre": ["x", "y", "y", "z", "w", None]})
+    frame.write_parquet(tmp_path / "examples.parquet")
+    assert known_attribute(str(tmp_path / "examples.parquet"), "genre") == {"a": "y", "b": "w"}
+    with pytest.raises(DataError, match="country"):
+        known_attribute(str(tmp_path / "examples.parquet"), "country")

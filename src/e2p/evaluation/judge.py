@@ -35,7 +35,7 @@ from e2p.evaluation.audit import (
 from e2p.evaluation.breakdowns import covariates
 from e2p.evaluation.leaks import check_leaks
 from e2p.evaluation.significance import require_tests
-from e2p.evaluation.space import describe_prefix, describe_space
+from e2p.evaluation.space import describe_prefix, describe_space, known_attribute
 from e2p.model.adapter import CONFIG
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel, text_encoder
@@ -123,7 +123,7 @@ def score(
     drawn: dict[str, Any] = {}
     for part, title, draw in (
         ("samples", "sample answers", lambda: _samples(config, e2p, inputs)),
-        ("space", "map of the users", lambda: describe_space(e2p, inputs, folder, seed)),
+        ("space", "map of the users", lambda: _space(config, e2p, inputs, folder)),
         ("prefix", "description of the prefix", lambda: describe_prefix(e2p, inputs, seed)),
     ):
         try:
@@ -347,6 +347,13 @@ def _samples(config: RunConfig, model: E2PModel, inputs: RunInputs) -> list[dict
     ]
     shown = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
     return [{"prompt": shown, "answers": answers}]
+
+
+def _space(config: RunConfig, model: E2PModel, inputs: RunInputs, folder: Path) -> dict[str, Any] | None:
+    """The map of the users, coloured as the settings say."""
+    name = config.evaluation.attribute
+    attribute = known_attribute(config.data.examples, name) if name else None
+    return describe_space(model, inputs, folder, config.evaluation.seed, attribute, name)
 
 
 def _room(config: RunConfig, model: E2PModel, prompt: Prompt) -> int:

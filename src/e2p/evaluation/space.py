@@ -12,6 +12,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from e2p.data.sources import open_table
 from e2p.data.tables import write_frame
 from e2p.errors import MissingExtraError
 from e2p.model.e2p import E2PModel
@@ -32,6 +33,7 @@ def describe_space(
     folder: Path,
     seed: int,
     attribute: Mapping[str, str] | None = None,
+    named: str = "a known attribute",
     limit: int = 1000,
 ) -> dict[str, Any] | None:
     """Map users by t-SNE before and after phi (the paper's Figure 2), and measure how far phi keeps neighbours.
@@ -45,6 +47,7 @@ def describe_space(
         folder: where ``space.parquet`` is written: user_id, cluster, embedding_x, embedding_y, prefix_x, prefix_y.
         seed: seed of the choice of users, of k-means and of t-SNE.
         attribute: a known attribute of users, by which they are coloured; None: clusters of the embedding space.
+        named: what the attribute is called.
         limit: at most so many users: test users first, then training users.
 
     Returns:
@@ -83,7 +86,7 @@ def describe_space(
         "preservation": preservation(before, after, k, seed),
         "chance": k / (len(users) - 1),
         "clusters": [{"name": name, "users": count} for name, count in counts.iter_rows()],
-        "coloured_by": "clusters of the embedding space (k-means)" if attribute is None else "a known attribute",
+        "coloured_by": "clusters of the embedding space (k-means)" if attribute is None else named,
     }
 
 
@@ -198,6 +201,22 @@ def _clusters(points: Array, seed: int) -> list[str]:
     order = np.argsort(-np.bincount(labels), kind="stable")
     rank = {int(label): place for place, label in enumerate(order, 1)}
     return [f"cluster {rank[int(label)]}" for label in labels]
+
+
+def known_attribute(source: str, column: str) -> dict[str, str]:
+    """user -> his commonest value of a column of the example table (the first by name of several).
+
+    Raises DataError where the table has no such column.
+    """
+    table = open_table(source)
+    table.require("user_id", column)
+    parts = [
+        batch.select(user=pl.col("user_id").cast(pl.String), value=pl.col(column).cast(pl.String))
+        for _, batch in table.batches(["user_id", column], 65_536)
+    ]
+    counts = pl.concat(parts).drop_nulls().group_by("user", "value").len()
+    first = counts.sort("user", "len", "value", descending=[False, True, False]).unique("user", keep="first")
+    return dict(first.select("user", "value").iter_rows())
 
 
 def _values(users: npt.NDArray[np.object_], attribute: Mapping[str, str]) -> list[str]:
