@@ -562,6 +562,33 @@ def test_console_tables() -> None:
         assert word in text
 
 
+def test_what_is_of_one_seed_alone_is_said_to_be(tmp_path: Path) -> None:
+    results, scores = make_results()
+    write(tmp_path, results | {"seeds": [42, 43], "runs": ["mine", "mine/seeds/43"]}, scores)
+    write_report(tmp_path)
+    said = "answers, map of the users, prefix and learning curves: mine"
+    assert said in (tmp_path / "report.html").read_text(encoding="utf-8")
+    write(tmp_path, results, scores)
+    write_report(tmp_path)
+    assert said not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_console_tables_fit_in_80_columns() -> None:
+    results = make_results()[0]
+    first = results["comparisons"][0]
+    results["comparisons"].append(
+        first | {"name": "e2p+prompt minus prompt", "verdict": "no difference", "p_holm": 0.5}
+    )
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in console_tables(results | {"seeds": [1, 2, 3]}):
+        console.print(table)
+    console.file.close()
+    text = console.export_text()
+    assert "…" not in text
+    assert "e2p+prompt minus prompt" in text
+    assert "3 seeds; negative is better)" in text
+
+
 def test_missing_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"e2p\[eval\]"):

@@ -155,11 +155,16 @@ def console_tables(results: Mapping[str, Any]) -> list[RichTable]:
     from rich.text import Text
 
     metric, tones = Metric.of(results), {"good": "green", "bad": "red"}
+    seeds = f", {len(results['seeds'])} seeds" if len(results.get("seeds") or ()) > 1 else ""
     sign = "negative" if metric.better == "lower" else "positive"
     compared, arms = comparison_table(comparisons_of(results), metric), arm_table(results["arms"], metric)
     found = []
     for table, title, columns in (
-        (compared, f"Comparisons ({metric.label}, mean over examples; {sign} is better)", (0, 2, 3, "p (Holm)", 1)),
+        (
+            compared,
+            f"Comparisons ({metric.label}, mean over examples{seeds}; {sign} is better)",
+            (0, 2, 3, "p (Holm)", 1),
+        ),
         (arms, "Arms", (0, 1, 2, "bits per byte", "added tokens")),
     ):
         # Without lines between the columns, the first table fits in 80 of them.
@@ -169,7 +174,8 @@ def console_tables(results: Mapping[str, Any]) -> list[RichTable]:
         ]
         for at in kept:
             left = at in (0, table.marked)
-            shown.add_column("" if left else table.headings[at], justify="left" if left else "right", no_wrap=True)
+            heading = "difference" if table is compared and at == 2 else table.headings[at]
+            shown.add_column("" if left else heading, justify="left" if left else "right", no_wrap=True)
         for row, cells in enumerate(table.rows):
             tone = tones.get(table.tones[row], "dim") if table.marked is not None else ""
             shown.add_row(*(Text(cells[at], style=tone if at == table.marked else "") for at in kept))
@@ -277,6 +283,8 @@ def _basis(results: Mapping[str, Any]) -> str:
     if arms:
         arm = arms.get("e2p") or next(iter(arms.values()))
         parts += [f"{arm['users']:,} users", f"{arm['examples']:,} test examples"]
+    if len(seeds) > 1:  # what cannot be averaged is one training's
+        parts.append(f"answers, map of the users, prefix and learning curves: {runs[0] if runs else results['run']}")
     return " · ".join(parts if seeds else parts[1:])
 
 
