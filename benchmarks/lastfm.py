@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--out", default="results/lastfm.json", type=Path)
     parser.add_argument("--position", default="before_completion", help="another place for the soft token")
     parser.add_argument("--arms", nargs="+", help="fewer arms than all")
+    parser.add_argument("--tokens", default=1, type=int, help="soft tokens")
     parser.add_argument("--contrast", default=0.0, type=float, help="weight of the contrastive term")
     options = parser.parse_args()
     console = Console(stderr=True)
@@ -57,6 +58,9 @@ def main() -> None:
     if options.position != config.projector.position:
         config = replace(config, projector=replace(config.projector, position=options.position))
         config = replace(config, output=f"{config.output}-{options.position.replace('_', '-')}")
+    if options.tokens != 1:
+        config = replace(config, projector=replace(config.projector, prefix_tokens=options.tokens))
+        config = replace(config, output=f"{config.output}-{options.tokens}-tokens")
     if options.contrast:
         config = replace(config, objective=ObjectiveConfig(contrast=options.contrast))
         config = replace(config, output=f"{config.output}-contrast-{options.contrast:g}")
