@@ -39,6 +39,7 @@ BENCH_DATA = {"bench_train_lastfm": "Last.fm", "bench_train_personachat": "Perso
 EXPERIMENTS = {
     "lastfm": "Last.fm playlists",
     "lastfm_after_bos": "Last.fm playlists, soft token after BOS",
+    "lastfm_2_tokens": "Last.fm playlists, two soft tokens",
     "lastfm_contrast": "Last.fm playlists, with the contrastive term",
     "personachat": "Persona-Chat answers",
 }
