@@ -119,11 +119,13 @@ def test_the_command_writes_tables_that_training_reads(tmp_path: Path, capsys: p
     assert main([*command, "--overwrite"]) == 0
 
 
-def test_without_refresh_a_vector_is_known_from_the_last_interaction_on() -> None:
+def test_without_refresh_a_vector_is_known_after_the_last_interaction_and_not_at_it() -> None:
     frame = plays(weeks=3)
     found = factorise(frame, dimension=4)
     assert found.timestamps is not None
-    assert set(found.timestamps) == {frame["timestamp"].max()}
+    last = frame["timestamp"].max()
+    assert isinstance(last, datetime)
+    assert set(found.timestamps) == {last + timedelta(microseconds=1)}
     assert factorise(plays(), dimension=4).timestamps is None
 
 

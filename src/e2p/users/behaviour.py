@@ -175,7 +175,8 @@ def factorise(
         users, items, matrix = _matrix(interactions)
         _check_size(dimension, users, items)
         model = _fit(matrix, method, dimension, regularization, alpha, iterations, seed)
-        last = interactions["timestamp"].max() if timed else None
+        # Known just after the last interaction: an example of the same instant may be that interaction itself.
+        last = interactions["timestamp"].dt.offset_by("1us").max() if timed else None
         times = None if last is None else pl.repeat(last, len(users), dtype=interactions["timestamp"].dtype, eager=True)
         item_vectors = np.asarray(model.item_factors, np.float32)
         version = _version(method, item_vectors)
