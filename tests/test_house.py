@@ -31,7 +31,8 @@ ORDER = (
     "bench",
     "cli",
 )
-EXTRAS = ("scipy", "sklearn", "matplotlib", "implicit", "sentence_transformers", "peft", "tensorboard")
+EXTRAS = ("scipy", "sklearn", "matplotlib", "implicit", "rapidfuzz", "torch_geometric", "sentence_transformers")
+EXTRAS += ("peft", "trl", "datasets", "tensorboard")
 HEAVY = ("torch", "transformers", "polars", "numpy", "pyarrow", "rich", "jinja2", "accelerate")
 
 

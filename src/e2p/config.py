@@ -15,7 +15,7 @@ from e2p.errors import ConfigError
 Position = Literal["before_bos", "after_bos", "after_system", "before_completion"]
 Precision = Literal["auto", "float32", "bfloat16"]
 PRESETS = ("recommended", "paper-full", "paper-workshop")
-ARMS = ("none", "prompt", "static", "random", "shuffled", "null", "e2p", "e2p+prompt")
+ARMS = ("none", "prompt", "static", "random", "shuffled", "null", "e2p", "e2p+prompt", "rerank")
 
 
 def _require(condition: bool, key: str, expected: str, got: object) -> None:
@@ -153,28 +153,45 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is maximised, and what beyond the paper makes the user matter (docs/findings.md).
+    """What is optimised, and what beyond the paper makes the user matter (docs/method.md, docs/findings.md).
 
     Args:
-        name: ``lm``: the completion's log-likelihood (paper, Eq. 4).
-        contrast: weight of the contrastive term: the completion shall be likelier with its own user's vector than with
-            a stranger's, drawn anew in every epoch. 0: off; otherwise a step costs about twice the time.
+        name: ``lm``: the completion's log-likelihood (paper, Eq. 4), of engaged rows alone where the table has labels;
+            ``kto``: Kahneman-Tversky optimisation (Ethayarajh et al. 2024, Eq. 7 and 8) of yes/no labels against the
+            frozen model without prefix; ``engagement``: the weighted cross-entropy that the paper prints (Eq. 5).
+        beta: kto: how fast value saturates as a completion gets likelier or less likely than under the frozen model.
+        desirable_weight: kto: weight of engaged rows.
+        undesirable_weight: kto: weight of rows that are not engaged.
+        balance: kto: ``auto`` multiplies both weights so that the two kinds count alike, whatever their shares.
+        alpha: engagement: weight of rows that are not engaged.
+        per_token: kto, engagement: a completion's likelihood is its tokens' geometric mean and not their product.
+        contrast: lm: weight of the contrastive term: the completion shall be likelier with its own user's vector than
+            with a stranger's, drawn anew in every epoch. 0: off; otherwise a step costs about twice the time.
         contrast_margin: how much likelier, in nats per token; what exceeds it is not rewarded.
-        distill: weight of the distilling term: Kullback-Leibler divergence of the frozen model that reads the text
+        distill: lm: weight of the distilling term: Kullback-Leibler divergence of the frozen model that reads the text
             profile from the model with the soft token, at every completion token. 0: off; needs a column ``profile``.
     """
 
-    name: Literal["lm"] = "lm"
+    name: Literal["lm", "kto", "engagement"] = "lm"
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    balance: Literal["auto", "none"] = "auto"
+    alpha: float = 1.0
+    per_token: bool = False
     contrast: float = 0.0
     contrast_margin: float = 0.5
     distill: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.contrast >= 0, "objective.contrast", "a number >= 0", self.contrast)
-        _require(self.contrast_margin > 0, "objective.contrast_margin", "a number > 0", self.contrast_margin)
-        _require(self.distill >= 0, "objective.distill", "a number >= 0", self.distill)
+        for name in ("beta", "desirable_weight", "undesirable_weight", "contrast_margin"):
+            _require(getattr(self, name) > 0, f"objective.{name}", "a number > 0", getattr(self, name))
+        for name in ("alpha", "contrast", "distill"):
+            _require(getattr(self, name) >= 0, f"objective.{name}", "a number >= 0", getattr(self, name))
         both = self.contrast > 0 and self.distill > 0
         _require(not both, "objective", "one of contrast and distill", (self.contrast, self.distill))
+        alone = self.name == "lm" or not (self.contrast or self.distill)
+        _require(alone, "objective", "contrast and distill with name lm", self.name)
 
 
 @dataclass(frozen=True)
@@ -228,17 +245,48 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class PlaylistsConfig:
+    """Generated playlists, read back and judged against what the listener played (`e2p prepare music` writes all four).
+
+    Args:
+        items: table of item_id, item (the name) and embedding; empty: no playlists are generated.
+        queries: table of query, embedding and items (ids that answer it).
+        plays: table of user_id and item_id: plays that the users' vectors have not seen.
+        known: table of user_id and item_id: plays that they were made of.
+        answers: playlists for each test prompt and arm; their scores are averaged.
+        temperature: that they are drawn with; 0: the likeliest token, always.
+    """
+
+    items: str = ""
+    queries: str = ""
+    plays: str = ""
+    known: str = ""
+    answers: int = 1
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        tables = [bool(getattr(self, name)) for name in ("items", "queries", "plays", "known")]
+        _require(len(set(tables)) == 1, "evaluation.playlists", "items, queries, plays and known, or none", self)
+        _require(self.answers >= 1, "evaluation.playlists.answers", "a whole number >= 1", self.answers)
+        _require(self.temperature >= 0, "evaluation.playlists.temperature", "a number >= 0", self.temperature)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How a run is judged.
 
     Args:
-        arms: the ways to condition the model; the two with ``prompt`` need a column ``profile``.
+        arms: the ways to condition the model; the two with ``prompt`` need a column ``profile``, ``rerank`` is there
+            where playlists are judged.
         resamples: bootstrap resamples of the users.
         samples: users for whom one and the same prompt is answered in the report.
         max_new_tokens: length of those answers.
         attribute: column of the example table, such as country or genre, that colours the map of the users by each
             one's commonest value; empty: clusters of their vectors.
-        seed: seed of the random arm, of the bootstrap and of the samples.
+        headline: metric that the verdict rests on; empty: ``hit_rate`` where playlists are judged, else ``auc`` with
+            ``kto`` and ``engagement``, else ``nats_per_token``.
+        playlists: what generated playlists are judged with.
+        seed: seed of the random arm, of the bootstrap, of the samples and of the playlists.
     """
 
     arms: tuple[str, ...] = ARMS
@@ -246,6 +294,8 @@ class EvaluationConfig:
     samples: int = 3
     max_new_tokens: int = 48
     attribute: str = ""
+    headline: str = ""
+    playlists: PlaylistsConfig = field(default_factory=PlaylistsConfig)
     seed: int = 42
 
     def __post_init__(self) -> None:
