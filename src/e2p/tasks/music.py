@@ -1,8 +1,10 @@
-"""Playlists by request on Last.fm (HetRec 2011): the public stand-in for the paper's playlist task.
+"""Playlists by request: public stand-ins for the paper's playlist task.
 
-The paper (Appendix F, "Music Playlist Generation") has 300,000 requests of a streaming service with
-behavioural vectors of 120 numbers; those are not public. Here a listener's artists are halved: one half alone
-makes the vector, the other half alone makes the playlists that the language model learns to write.
+The paper (Appendix F, "Music Playlist Generation") has 300,000 requests of a streaming service, saved or not, with
+behavioural vectors of 120 numbers; those are not public. Here, on Last.fm (HetRec 2011), a listener's artists are
+halved: one half alone makes the vector, the other half alone makes the playlists, to imitate (``lm``) or to tell from
+another listener's (``kto``, ``engagement``; see ``music_labels``). The Spotify Million Playlist Dataset is read too,
+a playlist standing for its listener.
 
 What decides about leakage:
 
@@ -11,82 +13,73 @@ What decides about leakage:
 - Item factors are fitted on the vector halves of *all* users, test users included, without any playlist: what
   a recommender does that serves the people it was fitted on. phi never sees a test user's playlists.
 - An artist carries a tag *for this user* only if enough other users say so: nobody's own tagging shows what
-  they hear. Profiles use the vector half only.
+  they hear. Profiles use the vector half only. A Spotify title is told by the playlist's own tracks, and which
+  tracks answer it is learnt from the vector halves.
 """
 
 from __future__ import annotations
 
 import hashlib
-import html
-import unicodedata
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from e2p.config import DataConfig, RunConfig, save_yaml
+from e2p.config import DataConfig, EvaluationConfig, ObjectiveConfig, PlaylistsConfig, RunConfig, save_yaml
+from e2p.data.splits import SPLITS
 from e2p.data.tables import write_embeddings, write_frame
 from e2p.errors import ConfigError, DataError, MissingExtraError
+from e2p.tasks.music_files import Listening, read
+from e2p.tasks.music_labels import WORDINGS, labelled
 from e2p.tasks.output import staged_folder
 from e2p.users.behaviour import als
 
-FILES = {
-    "artists.dat": ("id", "name"),
-    "tags.dat": ("tagID", "tagValue"),
-    "user_artists.dat": ("userID", "artistID", "weight"),
-    "user_taggedartists.dat": ("userID", "artistID", "tagID"),
-}
 SEPARATOR = " ; "  # between the artists of a playlist
 SHORTEST = 3  # artists; a shorter list is no playlist
-
-
-@dataclass(frozen=True)
-class LastFM:
-    """The official files as tables.
-
-    Attributes:
-        plays: user (int), artist (int), plays (int), one row a pair.
-        names: artist (int), name (str, cleaned).
-        tagged: user, artist (int), tag (str, cleaned), one row a triple.
-    """
-
-    plays: pl.DataFrame
-    names: pl.DataFrame
-    tagged: pl.DataFrame
+Objective = Literal["lm", "kto", "engagement"]
 
 
 def prepare(
     source: str,
     output: str,
-    objective: Literal["lm"] = "lm",
+    objective: Objective = "lm",
     dimension: int = 64,
     vectors: Literal["svd", "als"] = "svd",
     playlist_length: int = 5,
     per_user: int = 18,
     min_tag_users: int = 2,
     min_tag_artists: int = 20,
+    min_query_listeners: int = 5,
+    most_playlists: int = 0,
     seed: int = 42,
     overwrite: bool = False,
 ) -> Path:
-    """Make playlist examples and behavioural vectors from HetRec Last.fm 2k.
+    """Make playlist examples and behavioural vectors from HetRec Last.fm 2k or the Spotify Million Playlist Dataset.
 
     Writes examples, embeddings, profiles, items (their factors: the dot product with a user's vector is the
-    affinity), the plays of both halves, and a config to train with.
+    affinity), queries (what answers them, and the mean of its factors), the plays of both halves, and a config to
+    train with.
 
     Args:
-        source: folder with artists.dat, tags.dat, user_artists.dat and user_taggedartists.dat.
+        source: folder with artists.dat, tags.dat, user_artists.dat and user_taggedartists.dat, or with
+            mpd.slice.*.json.
         output: folder for the tables.
-        objective: what the examples are for; ``lm``: playlists to imitate.
+        objective: what the examples are for; ``lm``: playlists to imitate; ``kto`` and ``engagement``: each playlist
+            with label true for its listener, and with label false for another of the same part.
         dimension: numbers in a vector.
         vectors: ``svd``: truncated SVD of the user-artist table; ``als``: implicit-feedback ALS.
         playlist_length: artists in a playlist; fewer (at least 3) where the listener has no more of a tag.
         per_user: most playlists of one listener, each for another tag. With 18 rather than 6 the same number of
             steps gained 0.03 nats a token more over no prefix on the validation listeners.
-        min_tag_users: other listeners who must have given an artist a tag before it counts.
+        min_tag_users: other listeners who must have given an artist a tag before it counts; of Spotify, playlists
+            with that title that hold the track before it answers the title.
         min_tag_artists: artists that must carry a tag before it is asked for.
-        seed: seed of the halves, the playlists and the factors.
+        min_query_listeners: with labels: listeners of a part who must have a playlist of a query before it is asked
+            there.
+        most_playlists: Spotify: read so many playlists at most; 0: all.
+        seed: seed of the halves, the playlists, the factors and the labels.
         overwrite: replace an earlier output.
 
     Returns:
@@ -94,7 +87,8 @@ def prepare(
 
     Raises:
         ConfigError: a number is out of range.
-        DataError: a file is missing or a line is not as documented; the message has file and line.
+        DataError: a file is missing or a line is not as documented; the message has file and line. Or too few
+            listeners for what is asked.
         RunError: the output exists.
         MissingExtraError: scikit-learn or implicit is not installed.
     """
@@ -104,15 +98,20 @@ def prepare(
         ("per_user", per_user, 1),
         ("min_tag_users", min_tag_users, 1),
         ("min_tag_artists", min_tag_artists, 1),
+        ("min_query_listeners", min_query_listeners, 2),
+        ("most_playlists", most_playlists, 0),
         ("seed", seed, 0),
     ):
         if value < least:
             raise ConfigError(f"{name}: expected a whole number >= {least}, got {value}; raise it")
     with staged_folder(output, overwrite) as folder:
-        data = read(source)
+        data = read(source, most_playlists)
         vector_half, heldout_half = halves(data.plays, seed)
         users, user_vectors, artists, item_vectors = factorise(vector_half, dimension, vectors, seed)
-        tags = tags_for_users(data, min_tag_users, min_tag_artists)
+        items = _items(artists, item_vectors, data.names)
+        carried = carriers(data, vector_half, min_tag_users, min_tag_artists)
+        queries = answers(carried, artists, items)
+        tags = tags_for_users(data, carried, min_tag_users).filter(pl.col("tag").is_in(queries["query"].implode()))
         known = heldout_half.filter(pl.col("user").is_in(users))
         examples = playlists(known, tags, data.names, playlist_length, per_user, seed)
         if examples.is_empty():
@@ -120,23 +119,50 @@ def prepare(
                 f"{source}: expected listeners with {SHORTEST} held-out artists of one tag, got none; "
                 "lower min_tag_users or min_tag_artists"
             )
+        made, with_playlists = examples.height, examples["user_id"].n_unique()
+        dropped: Counter[tuple[str, str]] = Counter()
+        if objective != "lm":
+            listeners = [str(user) for user in users]
+            examples, dropped = labelled(examples, data.plays, data.names, listeners, seed, min_query_listeners)
         texts = profiles(vector_half, tags, data.names)
         examples = examples.join(texts, on="user_id", how="left", maintain_order="left")
-        version = f"lastfm-{vectors}-{dimension}-seed{seed}"
+        version = f"{data.kind}-{vectors}-{dimension}-seed{seed}"
         write_frame(folder / "examples.parquet", examples)
         write_frame(folder / "profiles.parquet", texts)
         write_embeddings(folder / "embeddings.parquet", [str(u) for u in users], user_vectors, version=version)
-        write_frame(folder / "items.parquet", _items(artists, item_vectors, data.names))
+        write_frame(folder / "items.parquet", items)
+        write_frame(folder / "queries.parquet", queries)
         write_frame(folder / "vector_plays.parquet", _plays(vector_half, data.names))
         write_frame(folder / "heldout_plays.parquet", _plays(heldout_half, data.names))
-        save_yaml(recommended(output), folder / "config.yaml")
-    kept, everyone = examples["user_id"].n_unique(), data.plays["user"].n_unique()
-    print(f"{output}: {examples.height:,} playlists of {kept:,} listeners, vectors of {dimension} numbers")
-    print(f"dropped: {everyone - kept} of {everyone:,} listeners (no tag with {SHORTEST} held-out artists)")
+        save_yaml(recommended(output, objective), folder / "config.yaml")
+    everyone = data.plays["user"].n_unique()
+    print(f"{output}: {made:,} playlists of {with_playlists:,} listeners, vectors of {dimension} numbers")
+    for reason, count in data.left_out.items():
+        if count:
+            print(f"left out: {count:,} {reason}")
+    print(
+        f"dropped: {everyone - with_playlists} of {everyone:,} listeners (no tag with {SHORTEST} held-out artists; "
+        f"{everyone - len(users)} of them without a vector)"
+    )
+    if objective != "lm":
+        print(_labels_told(examples, dropped))
     return Path(output)
 
 
-def recommended(output: str | Path) -> RunConfig:
+def _labels_told(examples: pl.DataFrame, dropped: Counter[tuple[str, str]]) -> str:
+    """One line: what each part has, and the playlists that it lost, by reason."""
+    told = []
+    for part in SPLITS:
+        rows = examples.filter(pl.col("split") == part)
+        lost = [f"{count:,} {reason}" for (where, reason), count in dropped.items() if where == part]
+        told.append(
+            f"{part} {rows.height:,} rows of {rows['user_id'].n_unique():,} listeners and "
+            f"{rows['query'].n_unique():,} queries (playlists dropped: {', '.join(lost) or 'none'})"
+        )
+    return f"labels, half of them true: {'; '.join(told)}"
+
+
+def recommended(output: str | Path, objective: Objective = "lm") -> RunConfig:
     """Settings to train on the prepared tables with; the backbone is left for the user to name."""
     folder = Path(output).absolute()
     data = DataConfig(
@@ -144,66 +170,20 @@ def recommended(output: str | Path) -> RunConfig:
         embeddings=str(folder / "embeddings.parquet"),
         profile_template="persona: {profile}",
     )
-    return RunConfig(data=data, output="runs/music")
-
-
-def read(source: str | Path) -> LastFM:
-    """Read the four files. Raises DataError with file and line for what is not as their readme says."""
-    folder = Path(source)
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        raise DataError(
-            f"{source}: expected the unpacked folder of hetrec2011-lastfm-2k, got no {missing[0]}; "
-            "download it from grouplens.org/datasets/hetrec-2011"
-        )
-    # Names and tags of which cleaning leaves nothing cannot be asked for.
-    names = _table(folder / "artists.dat", ("artist", "name"), 1, "utf-8").with_columns(_cleaned("name"))
-    tags = _table(folder / "tags.dat", ("tag_id", "tag"), 1, "latin-1").with_columns(_cleaned("tag"))
-    plays = _table(folder / "user_artists.dat", ("user", "artist", "plays"), 3, "utf-8")
-    events = _table(folder / "user_taggedartists.dat", ("user", "artist", "tag_id"), 3, "utf-8")
-    names, tags = names.filter(pl.col("name") != ""), tags.filter(pl.col("tag") != "")
-    plays = plays.filter(pl.col("plays") > 0).join(names, on="artist", how="semi")
-    tagged = events.join(tags, on="tag_id").select("user", "artist", "tag").unique(maintain_order=True)
-    return LastFM(plays.group_by("user", "artist", maintain_order=True).agg(pl.col("plays").sum()), names, tagged)
-
-
-def _table(path: Path, names: tuple[str, ...], numbers: int, encoding: str) -> pl.DataFrame:
-    """Leading columns of a tab-separated file, the first ``numbers`` of them whole numbers.
-
-    Read line by line: names hold lone quotation marks, and an error must have its line.
-    """
-    expected = "\t".join(FILES[path.name])
-    columns: list[list[Any]] = [[] for _ in names]
-    try:
-        lines = path.read_bytes().decode(encoding).split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected {encoding} text, got byte {error.start}; take the official file") from None
-    if not lines[0].rstrip("\r").startswith(expected):
-        raise DataError(f"{path}:1: expected header {expected!r}, got {lines[0][:60]!r}; take the official file")
-    for number, line in enumerate(lines[1:], start=2):
-        if not line.strip():
-            continue
-        fields = line.rstrip("\r").split("\t")
-        try:
-            row = [int(field) for field in fields[:numbers]] + fields[numbers : len(names)]
-            if len(row) < len(names):
-                raise ValueError
-        except ValueError:
-            raise DataError(f"{path}:{number}: expected {expected!r}, got {line[:60]!r}; mend the line") from None
-        for column, value in zip(columns, row, strict=True):
-            column.append(value)
-    types = [pl.Int64 if i < numbers else pl.String for i in range(len(names))]
-    return pl.DataFrame(dict(zip(names, columns, strict=True)), schema=dict(zip(names, types, strict=True)))
-
-
-def clean(name: str) -> str:
-    """Plain text that can stand in a playlist: no separator, no control characters, single spaces."""
-    text = unicodedata.normalize("NFC", html.unescape(name)).replace(";", ",")
-    return " ".join("".join(c if unicodedata.category(c)[0] != "C" else " " for c in text).split()).strip(" ,")
-
-
-def _cleaned(column: str) -> pl.Expr:
-    return pl.col(column).map_elements(clean, return_dtype=pl.String)
+    if objective == "lm":
+        return RunConfig(data=data, output="runs/music")
+    judged = PlaylistsConfig(
+        items=str(folder / "items.parquet"),
+        queries=str(folder / "queries.parquet"),
+        plays=str(folder / "heldout_plays.parquet"),
+        known=str(folder / "vector_plays.parquet"),
+    )
+    return RunConfig(
+        data=data,
+        objective=ObjectiveConfig(name=objective),
+        evaluation=EvaluationConfig(playlists=judged),
+        output=f"runs/music-{objective}",
+    )
 
 
 def halves(plays: pl.DataFrame, seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -238,7 +218,7 @@ def factorise(
     users, artists = plays["user"].unique().sort(), plays["artist"].unique().sort()
     if min(len(users), len(artists)) <= dimension:
         raise DataError(
-            f"user_artists.dat: expected more than {dimension} users and artists for that dimension, "
+            f"plays: expected more than {dimension} users and items for that dimension, "
             f"got {len(users)} and {len(artists)}; lower the dimension"
         )
     try:
@@ -272,14 +252,54 @@ def factorise(
     )
 
 
-def tags_for_users(data: LastFM, min_users: int, min_artists: int) -> pl.DataFrame:
-    """user, artist, tag, support: the tags that a played artist carries by the word of *other* users."""
-    relations = data.tagged.group_by("artist", "tag").len("support").filter(pl.col("support") >= min_users)
-    relations = relations.filter(pl.len().over("tag") >= min_artists)
+def carriers(data: Listening, vector_half: pl.DataFrame, min_users: int, min_artists: int) -> pl.DataFrame:
+    """artist, tag, support: the tags that artists carry by the word of at least ``min_users`` users.
+
+    A playlist's title is the word of its vector half alone: its other half is to be foretold.
+    """
+    said = data.tagged if data.titles is None else vector_half.join(data.titles, on="user")
+    relations = said.group_by("artist", "tag").len("support").filter(pl.col("support") >= min_users)
+    return relations.filter(pl.len().over("tag") >= min_artists)
+
+
+def answers(carried: pl.DataFrame, artists: list[int], items: pl.DataFrame) -> pl.DataFrame:
+    """query, embedding (Array(Float32, D), the mean of its items' vectors), items (ids); of items with vectors.
+
+    Args:
+        carried: artist, tag: what answers which query.
+        artists: the artist of each row of ``items``.
+        items: item_id, item, embedding [D].
+    """
+    places = pl.DataFrame({"artist": artists, "place": range(len(artists))}, schema_overrides={"artist": pl.Int64})
+    found = carried.join(places, on="artist").sort("tag", "place")
+    grouped = found.group_by("tag", maintain_order=True).agg("place")
+    vectors = items["embedding"].to_numpy()
+    means = np.array([vectors[place].mean(axis=0, dtype=np.float64) for place in grouped["place"]], dtype=np.float32)
+    means = means.reshape(-1, vectors.shape[1])
+    return pl.DataFrame(
+        [
+            grouped["tag"].alias("query"),
+            pl.Series("embedding", means, dtype=pl.Array(pl.Float32, vectors.shape[1])),
+            pl.Series(
+                "items", [items["item_id"].gather(place) for place in grouped["place"]], dtype=pl.List(pl.String)
+            ),
+        ]
+    )
+
+
+def tags_for_users(data: Listening, carried: pl.DataFrame, min_users: int) -> pl.DataFrame:
+    """user, artist, tag, support: the tags that a played artist carries by the word of *other* users.
+
+    A playlist has one tag, its own title, if that is carried by any artist at all.
+    """
+    plays = data.plays.select("user", "artist")
+    if data.titles is not None:
+        asked = data.titles.join(carried, on="tag", how="semi")
+        own_title = plays.join(asked, on="user").with_columns(support=pl.lit(1, pl.Int64))
+        return own_title.select("user", "artist", "tag", "support").sort("user", "tag", "artist")
     own = data.tagged.select("user", "artist", "tag", own=pl.lit(1, pl.Int64))
     return (
-        data.plays.select("user", "artist")
-        .join(relations, on="artist")
+        plays.join(carried, on="artist")
         .join(own, on=["user", "artist", "tag"], how="left")
         .with_columns(support=pl.col("support").cast(pl.Int64) - pl.col("own").fill_null(0))
         .filter(pl.col("support") >= min_users)
@@ -296,7 +316,8 @@ def playlists(
     Artists are drawn without replacement in proportion to their plays, the first drawn first; tags are drawn
     evenly among those with enough artists. A listener has an own generator: the others' plays change nothing.
     """
-    name = dict(names.iter_rows())
+    heard = names.join(plays, on="artist", how="semi")
+    name = {artist: (item, text) for artist, item, text in heard.select("artist", "item_id", "name").iter_rows()}
     candidates = (
         plays.join(tags, on=["user", "artist"])
         .sort("user", "tag", "artist")
@@ -317,11 +338,11 @@ def playlists(
                 {
                     "example_id": f"{user}-{number}",
                     "user_id": str(user),
-                    "messages": [{"role": "user", "content": f"make a playlist of {tag} music"}],
-                    "completion": SEPARATOR.join(name[artist] for artist in drawn),
+                    "messages": [{"role": "user", "content": WORDINGS[0].format(tag)}],
+                    "completion": SEPARATOR.join(name[artist][1] for artist in drawn),
                     "group": str(user),
-                    "tag": tag,
-                    "items": [str(artist) for artist in drawn],
+                    "query": tag,
+                    "items": [name[artist][0] for artist in drawn],
                 }
             )
     return pl.DataFrame(rows)
@@ -355,15 +376,12 @@ def profiles(plays: pl.DataFrame, tags: pl.DataFrame, names: pl.DataFrame) -> pl
 
 def _plays(plays: pl.DataFrame, names: pl.DataFrame) -> pl.DataFrame:
     named = plays.join(names, on="artist", how="left", maintain_order="left")
-    return named.select(
-        user_id=pl.col("user").cast(pl.String),
-        item_id=pl.col("artist").cast(pl.String),
-        item="name",
-        plays="plays",
+    return named.select("item_id", user_id=pl.col("user").cast(pl.String), item="name", plays="plays").select(
+        "user_id", "item_id", "item", "plays"
     )
 
 
 def _items(artists: list[int], vectors: np.ndarray, names: pl.DataFrame) -> pl.DataFrame:
     table = pl.DataFrame({"artist": artists}).join(names, on="artist", how="left", maintain_order="left")
     embedding = pl.Series("embedding", vectors, dtype=pl.Array(pl.Float32, vectors.shape[1]))
-    return table.select(item_id=pl.col("artist").cast(pl.String), item="name").with_columns(embedding)
+    return table.select("item_id", item="name").with_columns(embedding)

@@ -20,6 +20,7 @@ FILES = frozenset(
         "heldout_plays.parquet",
         "items.parquet",
         "profiles.parquet",
+        "queries.parquet",
         "vector_plays.parquet",
     }
 )
