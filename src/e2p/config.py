@@ -322,6 +322,11 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: str = "runs/run"
 
+    def __post_init__(self) -> None:
+        pairs = self.objective.name != "kto" or self.training.batch_size > 1
+        expected = "at least 2 with objective.name kto, whose baseline z0 is a mean over a batch's mismatched pairs"
+        _require(pairs, "training.batch_size", expected, self.training.batch_size)
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dictionary of a config dataclass, tuples as lists, ready for YAML or JSON."""

@@ -17,6 +17,7 @@ from e2p.data.sources import cache_root
 from e2p.data.tokenised import TokenisedExamples, tokenise
 from e2p.errors import ConfigError, DataError
 from e2p.model.e2p import E2PModel, text_encoder
+from e2p.training.criteria import Likelihood
 from e2p.training.inputs import RunInputs, strangers
 from e2p.training.run import train, train_arm
 from e2p.training.trainer import E2PTrainer
@@ -168,8 +169,7 @@ def test_passes_hold_the_teachers_rows_within_the_budget(base: RunConfig, loaded
         inputs.examples("train"),
         inputs.examples("validation"),
         "unused",
-        objective=DISTILL,
-        teacher=profiled,
+        criterion=Likelihood(DISTILL, inputs.examples("train"), teacher=profiled),
     )
     widths = profiled.prompt_lengths + profiled.completion_lengths
     passes = [rows for (step,) in trainer.get_train_dataloader() for rows in step.passes]

@@ -50,6 +50,7 @@ def test_parts_vectors_and_counts(config: RunConfig) -> None:
         "dropped_without_vector": 0,
         "left_out_by_train_share": 0,
         "null_user_without_vector": 0,
+        "not_engaged": 0,
         "cut_prompts": 0,
         "cut_completions": 0,
     }
@@ -147,7 +148,8 @@ def inputs_by_hand(examples: list[tuple[int, int]], vectors: list[tuple[int, int
     table = EmbeddingTable(owners, np.zeros((len(vectors), 1), np.float32), "vectors")
     rows = np.array([newest(user, week) for user, week in examples], np.int64)
     nothing = object.__new__(TokenisedExamples)
-    return RunInputs(keys, np.zeros(len(examples), np.int8), rows, table, nothing, "before_completion", {})
+    split, labels = np.zeros(len(examples), np.int8), np.full(len(examples), -1, np.int8)
+    return RunInputs(keys, split, rows, table, labels, nothing, "before_completion", {})
 
 
 PAIRS = st.tuples(st.integers(0, 5), st.integers(0, 9))

@@ -245,7 +245,7 @@ def test_a_record_says_what_was_done(config: RunConfig) -> None:
     assert found["steps"] == 2
     assert found["parameters"] == 4 * 8 + 2 * 8 + 8 * 32 + 32 + 4  # W1, LayerNorm, W2, b, the null user
     assert found["best_step"] in (1, 2)
-    assert {"prefix", "none"} == set(found["validation"])
+    assert {"prefix", "none", "unit"} == set(found["validation"])
     assert found["provenance"]["versions"]["torch"]
     model = E2PModel.from_pretrained(Path(config.output, "adapter"))
     assert model.embedding_versions == ["v1"]
@@ -268,7 +268,7 @@ def test_an_unknown_arm_is_refused(config: RunConfig, tmp_path: Path) -> None:
 def test_phi_learns_the_user_and_the_shuffled_control_does_not(tmp_path: Path) -> None:
     """One-hot users whose completion is their word: on unseen users with the same vectors the right vector helps."""
     from e2p.evaluation.arms import random_rows
-    from e2p.training.trainer import score_batches
+    from e2p.training.scoring import score_batches
 
     config = tiny_run(tmp_path, users=40, each=3, epochs=25, evals_per_epoch=1)
     config = replace(config, projector=ProjectorConfig(hidden_dim=16, null_prob=0.1))

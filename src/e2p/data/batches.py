@@ -79,9 +79,10 @@ class Examples:
         """Labelled tokens in these rows of the table."""
         return int(self.tokens.completion_lengths[rows].sum())
 
-    def widths(self, rows: Ints) -> Ints:
-        """Tokens of prompt and completion together [n]."""
-        return (self.tokens.prompt_lengths[rows] + self.tokens.completion_lengths[rows]).astype(np.int64)
+    def widths(self, rows: Ints, completions: Ints | None = None) -> Ints:
+        """Tokens of prompt and completion together [n]; of the completions of other rows, if these are given."""
+        behind = self.tokens.completion_lengths[rows if completions is None else completions]
+        return (self.tokens.prompt_lengths[rows] + behind).astype(np.int64)
 
     def by_length(self, rows: Ints) -> Ints:
         """Order in which neighbours need little padding [n].
@@ -94,15 +95,23 @@ class Examples:
         lengths = self.tokens.prompt_lengths[rows], self.tokens.completion_lengths[rows]
         return np.lexsort((lengths[0], lengths[1] // 3))
 
-    def batch(self, rows: Ints, drop: npt.NDArray[np.bool_] | None = None, vector_rows: Ints | None = None) -> Batch:
+    def batch(
+        self,
+        rows: Ints,
+        drop: npt.NDArray[np.bool_] | None = None,
+        vector_rows: Ints | None = None,
+        completions: Ints | None = None,
+    ) -> Batch:
         """Fetch and pad rows of the table.
 
         Args:
             rows: rows of the table [n]; the same one may stand there twice.
             drop: marks those whose vector is replaced by the null user [n].
             vector_rows: rows of ``vectors`` in the place of the examples' own [n].
+            completions: rows of the table whose completions stand in the place of the examples' own [n].
         """
         items = [self.tokens[int(row)] for row in rows]
+        answers = items if completions is None else [self.tokens[int(row)] for row in completions]
         places = {
             "before_bos": lambda item: 0,
             "after_bos": lambda item: item.after_bos,
@@ -113,7 +122,7 @@ class Examples:
         present = which >= 0 if drop is None else (which >= 0) & ~drop
         return make_batch(
             [item.prompt for item in items],
-            [item.completion for item in items],
+            [item.completion for item in answers],
             [places[self.position](item) for item in items],
             np.where(present[:, None], self.vectors[np.maximum(which, 0)], 0).astype(np.float32),
             present,
@@ -185,12 +194,14 @@ class Step:
         passes: rows of the table for each forward pass.
         dropped: for each pass, rows whose vector is replaced by the null user.
         label_tokens: labelled tokens of the step over all processes: what the loss is divided by.
+        examples: rows of the step over all processes: what a loss of whole completions is divided by.
         epoch: the epoch that it belongs to.
     """
 
     passes: list[Ints]
     dropped: list[npt.NDArray[np.bool_]]
     label_tokens: int
+    examples: int
     epoch: int
 
 
@@ -225,10 +236,10 @@ def epoch_steps(
         mine = step[rank::world]
         if not len(mine):
             # A last step smaller than the number of processes: take part in the gradient exchange with no examples.
-            yield Step([], [], examples.label_tokens(step), epoch)
+            yield Step([], [], examples.label_tokens(step), len(step), epoch)
             continue
         passes = [mine[part] for part in token_passes(examples.widths(mine), budget)]
-        yield Step(passes, [drop[part] for part in passes], examples.label_tokens(step), epoch)
+        yield Step(passes, [drop[part] for part in passes], examples.label_tokens(step), len(step), epoch)
 
 
 def steps_per_epoch(examples: Examples, batch_size: int) -> int:

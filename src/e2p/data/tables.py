@@ -20,6 +20,7 @@ import polars as pl
 from e2p.data.checks import (
     check_embedding_keys,
     check_keys,
+    check_labels,
     check_texts,
     check_types,
     check_unique,
@@ -133,6 +134,22 @@ def example_keys(source: str) -> pl.DataFrame:
     parts = [
         check_keys(batch, start, locator(source, start, batch["user_id"]))
         for start, batch in table.batches(KEY_COLUMNS, KEY_ROWS)
+    ]
+    if not parts:
+        raise table.empty()
+    return pl.concat(parts)
+
+
+def example_labels(source: str) -> pl.Series:
+    """Label (engaged or not) of every example, Boolean; null where there is none.
+
+    Raises:
+        DataError: as :func:`example_batches`, for this column.
+    """
+    table = _open_examples(source)
+    parts = [
+        check_labels(batch["label"], locator(source, start, batch["user_id"]))
+        for start, batch in table.batches(("user_id", "label"), KEY_ROWS)
     ]
     if not parts:
         raise table.empty()

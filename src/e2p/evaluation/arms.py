@@ -26,7 +26,7 @@ from e2p.errors import DataError
 from e2p.model.e2p import E2PModel
 from e2p.training.inputs import RunInputs, deal
 from e2p.training.run import shuffled_rows
-from e2p.training.trainer import score_batches
+from e2p.training.scoring import score_batches
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,7 @@ from e2p.model.e2p import E2PModel, text_encoder
 from e2p.provenance import provenance
 from e2p.training.inputs import RunInputs, deal, join_tables, load_inputs
 from e2p.training.run import arm_folder, prepare_folder, train_arm, with_seed
-from e2p.training.trainer import score_batches
+from e2p.training.scoring import score_batches
 
 POINTS = "points.jsonl"
 _JUDGED = ("seed", "resamples")  # what a sweep uses of the settings of evaluation

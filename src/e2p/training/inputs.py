@@ -15,7 +15,7 @@ from e2p.data.asof import asof_rows
 from e2p.data.batches import Examples, Ints
 from e2p.data.sources import cache_root
 from e2p.data.splits import LEFT_OUT, SPLITS, drop_training_groups, resolve_splits
-from e2p.data.tables import EmbeddingTable, example_keys, open_embeddings
+from e2p.data.tables import EmbeddingTable, example_keys, example_labels, open_embeddings
 from e2p.data.templates import TextEncoder
 from e2p.data.tokenised import TokenisedExamples, tokenise
 from e2p.errors import ConfigError, DataError
@@ -30,6 +30,7 @@ class RunInputs:
         split: 0 train, 1 validation, 2 test per row; -1: dropped; -2: beyond ``data.train_share``.
         vector_rows: row of the embedding table per example, -1 without one.
         embeddings: the embedding table.
+        labels: 1 engaged, 0 not engaged, -1 not labelled, per row.
         tokens: examples without profile text.
         position: where the soft tokens stand.
         counts: examples, users and what was dropped, cut or lacked a vector, for the record.
@@ -39,21 +40,31 @@ class RunInputs:
     split: npt.NDArray[np.int8]
     vector_rows: Ints
     embeddings: EmbeddingTable
+    labels: npt.NDArray[np.int8]
     tokens: TokenisedExamples
     position: Position
     counts: Mapping[str, int]
 
     def rows(self, part: str) -> Ints:
-        """Rows of a part: train, validation or test."""
+        """Rows of a part (train, validation or test) that show what to answer: all but those labelled not engaged."""
+        return np.flatnonzero((self.split == SPLITS.index(part)) & (self.labels != 0))
+
+    def all_rows(self, part: str) -> Ints:
+        """Rows of a part, whatever their labels."""
         return np.flatnonzero(self.split == SPLITS.index(part))
 
     def examples(
-        self, part: str, *, vector_rows: Ints | None = None, tokens: TokenisedExamples | None = None
+        self,
+        part: str,
+        *,
+        vector_rows: Ints | None = None,
+        tokens: TokenisedExamples | None = None,
+        rows: Ints | None = None,
     ) -> Examples:
-        """One part, with other vectors or other tokens where an arm asks for them."""
+        """One part's :meth:`rows`; other rows, vectors or tokens where an objective or an arm asks for them."""
         return Examples(
             tokens or self.tokens,
-            self.rows(part),
+            self.rows(part) if rows is None else rows,
             self.vector_rows if vector_rows is None else vector_rows,
             self.embeddings.vectors,
             self.position,
@@ -91,6 +102,7 @@ class JoinedTables:
     split: npt.NDArray[np.int8]
     vector_rows: Ints
     embeddings: EmbeddingTable
+    labels: npt.NDArray[np.int8]
 
 
 def join_tables(config: DataConfig) -> JoinedTables:
@@ -125,10 +137,16 @@ def join_tables(config: DataConfig) -> JoinedTables:
             )
         if config.missing_vector == "drop":
             split[missing] = -1
+    labels = example_labels(config.examples).cast(pl.Int8).fill_null(-1).to_numpy()
     for code, part in enumerate(SPLITS):
         if not (split == code).any():
             raise DataError(f"{config.examples}: the {part} part is empty; change data.split or the column 'split'")
-    return JoinedTables(keys, split, joined.rows, embeddings)
+        if not ((split == code) & (labels != 0)).any():
+            raise DataError(
+                f"{config.examples}: the {part} part: expected engaged examples, got only rows with label false; "
+                "change data.split or the column 'split'"
+            )
+    return JoinedTables(keys, split, joined.rows, embeddings, labels)
 
 
 def load_inputs(
@@ -155,10 +173,11 @@ def load_inputs(
         "dropped_without_vector": int((split == -1).sum()),
         "left_out_by_train_share": int((split == LEFT_OUT).sum()),
         "null_user_without_vector": int(((tables.vector_rows < 0) & kept).sum()),
+        "not_engaged": int(((tables.labels == 0) & kept).sum()),
         "cut_prompts": int((tokens.column("cut_prompt")[kept] > 0).sum()),
         "cut_completions": int(tokens.column("cut_completion")[kept].sum()),
     }
-    return RunInputs(keys, split, tables.vector_rows, tables.embeddings, tokens, position, counts)
+    return RunInputs(keys, split, tables.vector_rows, tables.embeddings, tables.labels, tokens, position, counts)
 
 
 def deal(inputs: RunInputs, rows: Ints, seed: Sequence[int]) -> Ints:

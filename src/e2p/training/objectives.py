@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -50,3 +52,73 @@ def distillation_loss(divergence: Float[Tensor, "n"], label_tokens: int) -> Floa
         label_tokens: as in :func:`lm_loss`.
     """
     return divergence.sum() / label_tokens
+
+
+def kl_baseline(total: Float[Tensor, ""], pairs: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """z0 of Kahneman-Tversky optimisation: max(0, mean of log p(policy) - log p(reference) over mismatched pairs).
+
+    An estimate of KL(policy || reference) that no gradient goes through (Ethayarajh et al. 2024, Section 4.1).
+
+    Args:
+        total: sum over the step's pairs, each a row's prompt and soft tokens with another row's completion, in nats.
+        pairs: their number.
+    """
+    return (total.detach().float() / pairs).clamp(min=0)
+
+
+def kto_losses(
+    policy: Float[Tensor, "b"],
+    reference: Float[Tensor, "b"],
+    engaged: Bool[Tensor, "b"],
+    baseline: Float[Tensor, ""],
+    beta: float,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> Float[Tensor, "b"]:
+    """Kahneman-Tversky loss of each row (Ethayarajh et al. 2024, Eq. 7 and 8, without the constant).
+
+    With r = log p(policy) - log p(reference): weight * (1 - sigmoid(beta (r - z0))) of an engaged row,
+    weight * (1 - sigmoid(beta (z0 - r))) of another. Computed as the sigmoid of the negative, in float32.
+
+    Args:
+        policy: log-likelihood of each completion with soft tokens, in nats; or its mean per token.
+        reference: the same of the frozen model without them.
+        engaged: the labels.
+        baseline: z0, of :func:`kl_baseline`.
+        beta: how fast value saturates.
+        weights: of engaged rows and of the others.
+    """
+    sign = torch.where(engaged, 1.0, -1.0)
+    ratio = policy.float() - reference.float()
+    return torch.where(engaged, weights[0], weights[1]) * torch.sigmoid(-beta * sign * (ratio - baseline))
+
+
+def engagement_losses(
+    loglikelihood: Float[Tensor, "b"], engaged: Bool[Tensor, "b"], alpha: float
+) -> Float[Tensor, "b"]:
+    """The paper's Eq. 5 of each row, negated: -(y log p + alpha (1 - y) log(1 - p)), in float32.
+
+    The paper calls it KTO; it is a weighted binary cross-entropy in the completion's likelihood p.
+
+    Args:
+        loglikelihood: log p of each completion with soft tokens, <= 0; or its mean per token.
+        engaged: the labels y.
+        alpha: weight of rows that are not engaged.
+    """
+    logp = loglikelihood.float()
+    return -torch.where(engaged, logp, alpha * log1mexp(logp))
+
+
+def log1mexp(logp: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """log(1 - exp(x)) of x <= 0, without loss of digits (Mächler 2012), float32.
+
+    Where x is so near to 0 that p rounds to 1, the value is that of the next smaller p, about -16, and the gradient
+    stays finite and points away from p = 1.
+    """
+    x = -logp
+    least = torch.finfo(x.dtype).eps
+    # The value of `least` with the gradient of x: a clamp would give none where it is needed most.
+    x = torch.where(x < least, x - x.detach() + least, x)
+    near = x < math.log(2)
+    # Of both branches the one not taken gets a harmless argument, or its infinite gradient times 0 would be NaN.
+    small, large = torch.where(near, x, 0.5), torch.where(near, 1.0, x)
+    return torch.where(near, torch.log(-torch.expm1(-small)), torch.log1p(-torch.exp(-large)))

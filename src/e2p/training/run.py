@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from e2p.config import RunConfig, load_yaml, save_yaml, to_dict
-from e2p.data.batches import Ints, steps_per_epoch
+from e2p.data.batches import Examples, Ints, steps_per_epoch
 from e2p.data.sources import cache_root
 from e2p.data.splits import SPLITS
 from e2p.data.templates import TextEncoder
@@ -25,7 +25,9 @@ from e2p.errors import ConfigError, RunError
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel, text_encoder
 from e2p.provenance import provenance
+from e2p.training.criteria import Criterion, Engagement, Likelihood
 from e2p.training.inputs import RunInputs, deal, join_tables, load_inputs, strangers
+from e2p.training.preferences import check_labels, load_preferences
 from e2p.training.trainer import E2PTrainer, trainable
 
 TRAINED_ARMS = ("e2p", "static", "shuffled")
@@ -54,6 +56,7 @@ def train(config: RunConfig, overwrite: bool = False, resume: bool = False) -> N
     if first:
         check_folder(config, overwrite, resume)
     tables = join_tables(config.data)  # before the backbone, which may take minutes
+    check_labels(tables, config.objective, config.data.examples)
     backbone = FrozenBackbone.load(config.backbone, config.training.precision)
     encoder = text_encoder(backbone, config.data, config.projector.prefix_tokens)
     inputs = load_inputs(config.data, encoder, config.projector.position, tables)
@@ -97,16 +100,16 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def is_useless(validation: dict[str, float]) -> bool:
+def is_useless(validation: dict[str, Any]) -> bool:
     """Whether the prefix is no better than none on validation data; a loss that is not a number is not better."""
-    return not validation["prefix"] < validation["none"]
+    return not float(validation["prefix"]) < float(validation["none"])
 
 
-def warn_useless(console: Console, validation: dict[str, float]) -> None:
+def warn_useless(console: Console, validation: dict[str, Any]) -> None:
     """Say loudly that the prefix does not help: a projector can hurt."""
     console.rule("[bold red]THE PREFIX IS WORSE THAN NO PREFIX[/]", style="red")
     console.print(
-        f"[bold red]Validation loss is {validation['prefix']:.4f} nats per token with the prefix and "
+        f"[bold red]Validation loss is {validation['prefix']:.4f} {validation.get('unit', '')} with the prefix and "
         f"{validation['none']:.4f} without it.[/] Do not serve this adapter. Try a higher or lower "
         "training.learning_rate, more epochs, or another projector.position."
     )
@@ -254,16 +257,16 @@ def train_arm(
     model.projector.fit_input(torch.from_numpy(inputs.train_vectors()).to(backbone.device))
     model.objective = to_dict(config.objective)
     vectors = shuffled_rows(inputs, budget.seed) if arm == "shuffled" else None
+    both = config.objective.name != "lm"
+    rows = {part: inputs.all_rows(part) if both else inputs.rows(part) for part in ("train", "validation")}
+    examples = inputs.examples("train", vector_rows=vectors, rows=rows["train"])
     trainer = E2PTrainer(
         model,
         budget,
-        inputs.examples("train", vector_rows=vectors),
-        inputs.examples("validation", vector_rows=vectors),
+        examples,
+        inputs.examples("validation", vector_rows=vectors, rows=rows["validation"]),
         target / "checkpoints",
-        # Nobody is a stranger to soft tokens that do not depend on the user.
-        objective=replace(config.objective, contrast=0.0) if arm == "static" else config.objective,
-        strangers=lambda epoch: strangers(inputs, inputs.rows("train"), [budget.seed, 5, epoch]),
-        teacher=_teacher(config, model.encoder) if config.objective.distill else None,
+        criterion=_criterion(config, inputs, arm, model, examples, console),
         title=arm,
         console=console,
     )
@@ -296,10 +299,13 @@ def train_arm(
         ),
         "best_step": best,
         "history": _history(trainer.state.log_history),
-        "validation": {"prefix": prefix, "none": none},
+        "validation": {"prefix": prefix, "none": none, "unit": trainer.criterion.unit},
         "provenance": provenance(),
     }
-    model.metrics = {"validation nats per token": round(prefix, 4), "the same without prefix": round(none, 4)}
+    model.metrics = {
+        f"validation {trainer.criterion.unit}": round(prefix, 4),
+        "the same without prefix": round(none, 4),
+    }
     if trainer.is_world_process_zero():
         # The adapter last: where it is, the run is finished.
         half = target / ".training.json"
@@ -308,6 +314,22 @@ def train_arm(
         model.save_pretrained(target / "adapter", overwrite=True)
     trainer.accelerator.wait_for_everyone()
     return model, record
+
+
+def _criterion(
+    config: RunConfig, inputs: RunInputs, arm: str, model: E2PModel, examples: Examples, console: Console | None
+) -> Criterion:
+    settings, seed = config.objective, config.training.seed
+    if settings.name != "lm":
+        pairs, budget = config.data.split.seed, config.training.tokens_per_pass
+        return Engagement(settings, examples, load_preferences(inputs, model, settings, pairs, budget, console))
+    return Likelihood(
+        # Nobody is a stranger to soft tokens that do not depend on the user.
+        replace(settings, contrast=0.0) if arm == "static" else settings,
+        examples,
+        strangers=lambda epoch: strangers(inputs, inputs.rows("train"), [seed, 5, epoch]),
+        teacher=_teacher(config, model.encoder) if settings.distill else None,
+    )
 
 
 def _teacher(config: RunConfig, encoder: TextEncoder) -> TokenisedExamples:

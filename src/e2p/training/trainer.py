@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -20,11 +18,10 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.trainer_utils import TrainOutput
 
 from e2p.config import ObjectiveConfig, TrainingConfig
-from e2p.data.batches import Batch, Examples, Ints, Step, epoch_steps, steps_per_epoch, token_passes
-from e2p.data.tokenised import TokenisedExamples
+from e2p.data.batches import Examples, Step, epoch_steps, steps_per_epoch
 from e2p.errors import ConfigError, RunError
 from e2p.model.e2p import E2PModel
-from e2p.training.objectives import contrastive_loss, distillation_loss, lm_loss
+from e2p.training.criteria import Criterion, Likelihood
 from e2p.training.progress import ProgressBar
 
 _PHI = "phi.safetensors"
@@ -38,7 +35,8 @@ def trainable(model: E2PModel) -> dict[str, nn.Parameter]:
 class E2PTrainer(Trainer):
     """Trains phi on a frozen backbone; resume, several processes, callbacks and logging are transformers' own.
 
-    A step's loss is the mean over all its labelled tokens, however it is cut into passes or spread over processes.
+    A step's loss is a mean over all its labelled tokens, or over all its rows, however it is cut into passes or spread
+    over processes.
 
     Of a checkpoint we read safetensors and JSON alone. Optimiser, schedule and random state are transformers' files:
     it writes them with ``torch.save`` and reads them with ``torch.load(weights_only=True)`` (5.23), which builds
@@ -50,9 +48,7 @@ class E2PTrainer(Trainer):
         train: training examples.
         validation: examples for early stopping and for choosing the best weights.
         output: folder for checkpoints and TensorBoard logs.
-        objective: what is minimised; the contrastive term needs ``strangers``, the distilling one ``teacher``.
-        strangers: epoch -> row of another user's vector for every example of the table [N], -1 without one.
-        teacher: the same table with the profile texts in the prompts.
+        criterion: what is minimised; None: the completions' negative log-likelihood.
         title: what the progress bar is called.
         console: where progress is shown; None shows none.
     """
@@ -65,16 +61,12 @@ class E2PTrainer(Trainer):
         validation: Examples,
         output: str | Path,
         *,
-        objective: ObjectiveConfig | None = None,
-        strangers: Callable[[int], Ints] | None = None,
-        teacher: TokenisedExamples | None = None,
+        criterion: Criterion | None = None,
         title: str = "phi",
         console: Console | None = None,
     ) -> None:
         self.budget, self.train_examples, self.validation_examples = config, train, validation
-        self.objective, self.strangers = objective or ObjectiveConfig(), strangers
-        self.teacher = None if teacher is None else replace(train, tokens=teacher)
-        self._drawn: tuple[int, Ints] | None = None
+        self.criterion = criterion or Likelihood(ObjectiveConfig(), train)
         if config.gradient_checkpointing:
             model.backbone.enable_gradient_checkpointing()
         in_epoch = steps_per_epoch(train, config.batch_size)
@@ -144,13 +136,9 @@ class E2PTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Steps of this process; every process computes the same plan, so nothing is dispatched."""
         null_prob = self.model.projector.config.null_prob
-        # With the contrastive term, every row of a pass stands there twice.
-        half = replace(self.budget, tokens_per_pass=max(1, self.budget.tokens_per_pass // 2))
-        budget = half if self.objective.contrast else self.budget
-        # A teacher's rows hold the profile too: passes are cut by what is longer.
-        plans = _Plans(
-            self.teacher or self.train_examples, budget, null_prob, self.args.process_index, self.args.world_size
-        )
+        tokens = max(1, self.budget.tokens_per_pass // self.criterion.rows_in_pass)
+        budget = replace(self.budget, tokens_per_pass=tokens)
+        plans = _Plans(self.criterion.planned, budget, null_prob, self.args.process_index, self.args.world_size)
         return _StepLoader(plans)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -164,10 +152,11 @@ class E2PTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one optimiser step, pass by pass; returns the step's loss in nats per token."""
+        """Forward and backward of one optimiser step, pass by pass; returns the step's loss."""
         (step,) = inputs
         model.train()
         world = self.args.world_size
+        self.criterion.begin(self.model, step, self.budget.tokens_per_pass, self._over_processes)
         total = torch.zeros((), device=self.args.device)
         passes = list(zip(step.passes, step.dropped, strict=True))
         for at, (rows, drop) in enumerate(passes):
@@ -176,7 +165,7 @@ class E2PTrainer(Trainer):
             wait = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
             with wait:
                 # DDP averages over processes; the loss is a share of the step's sum, so it is scaled back.
-                loss = self._pass_loss(model, rows, drop, step) * world
+                loss = self.criterion.loss(model, rows, drop, step) * world
                 self.accelerator.backward(loss)
             total += loss.detach()
         if not passes:  # fewer examples than processes: exchange zeros so that the others do not wait for ever
@@ -184,41 +173,10 @@ class E2PTrainer(Trainer):
             self.accelerator.backward(model(idle).sum() * 0)
         return total
 
-    def _pass_loss(self, model: nn.Module, rows: Ints, drop: npt.NDArray[np.bool_], step: Step) -> Tensor:
-        """This pass's share of the step's loss."""
-        weights, device, own = self.objective, self.args.device, self.train_examples.vector_rows[rows]
-        if weights.distill:
-            assert self.teacher is not None
-            batch, teacher = self.train_examples.batch(rows, drop), self.teacher.batch(rows)
-            logprobs, divergence = model(batch.to(device), teacher=teacher.to(device))
-            distilled = weights.distill * distillation_loss(divergence, step.label_tokens)
-            return lm_loss(logprobs, step.label_tokens) + distilled
-        if not weights.contrast:
-            return lm_loss(model(self.train_examples.batch(rows, drop).to(device)), step.label_tokens)
-        others = self._strangers_of(step.epoch)[rows]
-        facing = ~drop & (own >= 0) & (others >= 0)  # the null user has no strangers
-        batch = self.train_examples.batch(
-            np.concatenate([rows, rows[facing]]),
-            np.concatenate([drop, drop[facing]]),
-            np.concatenate([own, others[facing]]),
-        ).to(device)
-        lengths, marked = batch.completion_lengths, torch.from_numpy(facing).to(device)
-        first, second = model(batch).tensor_split([int(lengths[: len(rows)].sum())])
-        faced = first[marked.repeat_interleave(lengths[: len(rows)])]
-        contrast = contrastive_loss(faced, second, lengths[len(rows) :], weights.contrast_margin, step.label_tokens)
-        return lm_loss(first, step.label_tokens) + weights.contrast * contrast
-
-    def _strangers_of(self, epoch: int) -> Ints:
-        """Drawn once an epoch, and again by a resumed run."""
-        if self._drawn is None or self._drawn[0] != epoch:
-            assert self.strangers is not None
-            self._drawn = epoch, self.strangers(epoch)
-        return self._drawn[1]
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Validation loss in nats per token, over all processes."""
+        """Validation loss, over all processes."""
         metrics = {f"{metric_key_prefix}_loss": self.mean_loss(self.validation_examples)}
         self.log(metrics)
         control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -226,19 +184,13 @@ class E2PTrainer(Trainer):
         return metrics
 
     def mean_loss(self, examples: Examples, use_prefix: bool = True) -> float:
-        """Mean negative log-likelihood per labelled token; ``use_prefix=False`` is the bare backbone's."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        for _, logprobs in score_batches(
-            self.model,
-            examples,
-            self.budget.tokens_per_pass,
-            use_prefix,
-            self.args.process_index,
-            self.args.world_size,
-        ):
-            total += torch.tensor([-float(logprobs.double().sum()), len(logprobs)], device=total.device)
-        nats, tokens = self.accelerator.reduce(total, reduction="sum").tolist()
-        return nats / tokens
+        """The objective over other examples and all processes; ``use_prefix=False`` is the bare backbone's."""
+        rank, world = self.args.process_index, self.args.world_size
+        budget = self.budget.tokens_per_pass
+        return self.criterion.mean_loss(self.model, examples, budget, use_prefix, rank, world, self._over_processes)
+
+    def _over_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, reduction="sum")
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted."""
@@ -268,18 +220,6 @@ class E2PTrainer(Trainer):
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-
-def score_batches(
-    model: E2PModel, examples: Examples, budget: int, use_prefix: bool = True, rank: int = 0, world: int = 1
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches of similar length with the flat log-probabilities of their completions' tokens."""
-    mine = examples.rows[rank::world]
-    for part in token_passes(examples.widths(mine), budget):
-        batch = examples.batch(mine[part])
-        with torch.no_grad():
-            logprobs = model(batch.to(model.backbone.device), use_prefix)
-        yield batch, logprobs
 
 
 @contextlib.contextmanager

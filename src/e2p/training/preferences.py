@@ -1,0 +1,202 @@
+"""What yes/no objectives need beside the examples: labels, mismatched completions, and the frozen model's likelihoods.
+
+The reference model of Kahneman-Tversky optimisation is the frozen backbone without prefix, so its log-likelihoods never
+change: they are computed once and kept beside the tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from e2p.config import ObjectiveConfig
+from e2p.data.batches import Ints
+from e2p.data.splits import SPLITS
+from e2p.data.tokenised import TokenisedExamples
+from e2p.errors import DataError
+from e2p.model.e2p import E2PModel
+from e2p.training.inputs import JoinedTables, RunInputs
+from e2p.training.scoring import loglikelihoods
+
+JUDGED = ("train", "validation")
+_TRIES = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Preferences:
+    """Per row of the example table [N]; what lies outside training and validation is 0 (``other``: -1).
+
+    Args:
+        engaged: the labels.
+        other: row whose completion makes the mismatched pair: another text, another user's where there is one.
+        reference: log-likelihood of the row's completion under the frozen model without prefix, in nats.
+        reference_other: of the mismatched one after the row's prompt.
+        weights: what engaged rows and others count, before the settings' own weights.
+    """
+
+    engaged: npt.NDArray[np.bool_]
+    other: Ints
+    reference: npt.NDArray[np.float32]
+    reference_other: npt.NDArray[np.float32]
+    weights: tuple[float, float] = (1.0, 1.0)
+
+
+def check_labels(tables: JoinedTables, objective: ObjectiveConfig, source: str) -> None:
+    """Make sure, before a model is loaded, that a yes/no objective has what it learns from.
+
+    Raises:
+        DataError: no labels, a row of training or validation without one, or only one kind of them in training.
+    """
+    if objective.name == "lm":
+        return
+    for part in JUDGED:
+        rows = np.flatnonzero(tables.split == SPLITS.index(part))
+        missing = rows[tables.labels[rows] < 0]
+        if len(missing):
+            row, user = tables.keys["row"][int(missing[0])], tables.keys["user_id"][int(missing[0])]
+            raise DataError(
+                f"{source}: row {row} (user {user}): label: expected true or false in every example of training and "
+                f"validation for objective.name {objective.name}, got none in {len(missing):,} of the {part} part's "
+                f"{len(rows):,}; fill the column, or train with objective.name lm"
+            )
+    labels = tables.labels[tables.split == 0]
+    if len(set(labels.tolist())) < 2:
+        kind = "true" if labels[0] else "false"
+        raise DataError(
+            f"{source}: expected training examples of both kinds for objective.name {objective.name}, got label {kind} "
+            f"in all {len(labels):,}; add the others, or train with objective.name lm"
+        )
+
+
+def load_preferences(
+    inputs: RunInputs, model: E2PModel, objective: ObjectiveConfig, seed: int, budget: int, console: Console | None
+) -> Preferences:
+    """Labels, mismatched pairs and reference likelihoods of a run; the last are read back where they are known.
+
+    Args:
+        inputs: the run's inputs, with labels.
+        model: any E2P model on the run's backbone; its prefix is not used.
+        objective: the settings.
+        seed: of the mismatched pairs; they are part of the data and the same in every training.
+        budget: padded tokens in a forward pass.
+        console: where progress is shown.
+
+    Raises:
+        DataError: all completions of a part are one and the same text.
+    """
+    other = np.full(len(inputs.tokens), -1, np.int64)
+    users = inputs.keys["user_id"].rank("dense").to_numpy()
+    for code, part in enumerate(JUDGED):
+        rows = inputs.all_rows(part)
+        try:
+            other[rows] = mismatched(rows, users, inputs.tokens, [seed, 6, code])
+        except DataError as error:
+            raise DataError(f"the {part} part: {error}") from None
+    reference, reference_other = _reference(inputs, model, other, budget, console)
+    train = inputs.labels[inputs.all_rows("train")]
+    engaged, others = int((train == 1).sum()), int((train == 0).sum())
+    balance = objective.name == "kto" and objective.balance == "auto"
+    weights = balanced_weights(engaged, others) if balance else (1.0, 1.0)
+    return Preferences(inputs.labels == 1, other, reference, reference_other, weights)
+
+
+def mismatched(rows: Ints, users: Ints, tokens: TokenisedExamples, seed: list[int]) -> Ints:
+    """For each row another one of ``rows`` with another completion, of another user if at all possible; seeded.
+
+    Args:
+        rows: rows of the table that take part [n].
+        users: a number for the user of every row of the table [N].
+        tokens: the tokenised table; completions are compared as ids.
+        seed: numpy seed.
+
+    Returns:
+        Rows of the table [n].
+
+    Raises:
+        DataError: all these rows share one completion: the baseline z0 would be made of the completions themselves.
+    """
+    texts = np.array([_hash(tokens[int(row)].completion) for row in rows], np.uint64)
+    who = users[rows]
+    if len(np.unique(texts)) < 2:
+        raise DataError(
+            f"expected at least two different completions, got one in all {len(rows):,} rows: no mismatched pair can "
+            "be made for the KL baseline of kto; add other answers, or train with objective.name engagement or lm"
+        )
+    random = np.random.default_rng(seed)
+    found = np.full(len(rows), -1, np.int64)
+    for attempt in range(2 * _TRIES):
+        open_ = np.flatnonzero(found < 0)
+        if not len(open_):
+            break
+        drawn = random.integers(0, len(rows), len(open_))
+        fits = texts[drawn] != texts[open_]
+        if attempt < _TRIES:
+            fits &= who[drawn] != who[open_]
+        found[open_[fits]] = drawn[fits]
+    for at in np.flatnonzero(found < 0):  # what luck has not found: few, or rows of one text that nearly all share
+        same = (found < 0) & (texts == texts[at]) & (who == who[at])
+        if found[at] < 0:
+            pool = np.flatnonzero(texts != texts[at])
+            strangers = pool[who[pool] != who[at]]
+            found[same] = random.choice(strangers if len(strangers) else pool, int(same.sum()))
+    return rows[found]
+
+
+def _hash(ids: npt.NDArray[np.int32]) -> int:
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+
+
+def balanced_weights(engaged: int, others: int) -> tuple[float, float]:
+    """Weights under which both kinds of rows count alike, while the mean weight over rows is 1.
+
+    Their ratio is the lower end of what the authors of KTO advise (Ethayarajh et al. 2024, Section 4.2: 1 to 3/2).
+    """
+    return (engaged + others) / (2 * engaged), (engaged + others) / (2 * others)
+
+
+def _reference(
+    inputs: RunInputs, model: E2PModel, other: Ints, budget: int, console: Console | None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Log-likelihoods under the frozen model, of own and of mismatched completions, kept beside the tokens."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file, save
+
+    backbone = model.backbone
+    made_by = [backbone.fingerprint(), str(backbone.autocast_dtype), str(backbone.model.dtype), backbone.quantization]
+    key = hashlib.blake2b(json.dumps(made_by).encode() + other.tobytes(), digest_size=16).hexdigest()
+    path = inputs.tokens.folder / f"reference-{key}.safetensors"
+    try:
+        kept = load_file(path)
+        if kept["own"].shape == kept["other"].shape == other.shape:
+            return kept["own"], kept["other"]
+    except (OSError, SafetensorError, KeyError):
+        pass  # not there yet, or cut short: made again
+    rows = np.flatnonzero(other >= 0)
+    own, mixed = np.zeros(len(other), np.float32), np.zeros(len(other), np.float32)
+    examples = inputs.examples("train")
+    bars = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    with Progress(*bars, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=console is None) as bar:
+        task = bar.add_task("frozen model's likelihoods", total=2 * len(rows))
+        own[rows] = loglikelihoods(model, examples, rows, budget, use_prefix=False, progress=bar, task=task)
+        mixed[rows] = loglikelihoods(
+            model, examples, rows, budget, completions=other[rows], use_prefix=False, progress=bar, task=task
+        )
+    for name, values in (("own", own), ("mismatched", mixed)):
+        if not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise DataError(
+                f"row {row}: the frozen model gives its {name} completion a log-likelihood of {values[row]}; expected "
+                "a finite number: load the backbone with dtype float32, or drop the row"
+            )
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".reference-", delete=False) as half:
+        half.write(save({"own": own, "other": mixed}))
+    Path(half.name).replace(path)
+    return own, mixed
