@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from e2p.config import load_yaml
 from e2p.data.tables import example_batches, open_embeddings
 from e2p.errors import ConfigError, DataError, RunError
 from e2p.tasks import music
@@ -89,7 +90,7 @@ def test_nothing_of_the_heldout_half_reaches_vectors_or_profiles(tmp_path: Path,
     assert len(altered) < len(plays)
     source = write(tmp_path / "altered", altered, tagged)
     second = prepared(tmp_path, "second", source=source, vectors=method)
-    for name in ("embeddings", "items", "profiles", "vector_plays"):
+    for name in ("embeddings", "items", "queries", "profiles", "vector_plays"):
         assert pl.read_parquet(first / f"{name}.parquet").equals(pl.read_parquet(second / f"{name}.parquet")), name
     assert not pl.read_parquet(first / "examples.parquet").equals(pl.read_parquet(second / "examples.parquet"))
 
@@ -140,6 +141,30 @@ def test_svd_vectors_are_the_best_rank_d_reading_of_the_weighted_table() -> None
     assert np.linalg.norm(dense - mine @ items.T) == pytest.approx(best, rel=1e-3)
     np.testing.assert_allclose(np.linalg.norm(mine, axis=0), scale[:4], rtol=1e-2)
     assert mine.dtype == items.dtype == np.float32
+
+
+def test_queries_are_the_mean_of_what_answers_them(tmp_path: Path) -> None:
+    plays, tagged = world()
+    # Two more users call artist 10 jazz, one calls artist 11 so: that is too few.
+    source = write(tmp_path / "source", plays, [*tagged, (7, 10, 2), (8, 10, 2), (9, 11, 2)])
+    folder = prepared(tmp_path, source=source)
+    items = pl.read_parquet(folder / "items.parquet")
+    queries = pl.read_parquet(folder / "queries.parquet")
+    assert queries["query"].to_list() == ["jazz", "rock"]
+    assert queries.schema["embedding"] == pl.Array(pl.Float32, 4)
+    answered = dict(queries.select("query", "items").iter_rows())
+    assert set(answered["rock"]) == {i for i in items["item_id"] if int(i) <= 20}
+    assert set(answered["jazz"]) == {i for i in items["item_id"] if int(i) > 20} | {"10"}
+    for query, embedding, ids in queries.iter_rows():
+        mine = items.filter(pl.col("item_id").is_in(ids))["embedding"].to_numpy()
+        np.testing.assert_allclose(embedding, mine.mean(axis=0), rtol=1e-5, atol=1e-6, err_msg=query)
+
+
+def test_settings_to_imitate_judge_no_playlists(tmp_path: Path) -> None:
+    config = load_yaml(prepared(tmp_path) / "config.yaml")
+    assert config.objective.name == "lm"
+    assert config.output == "runs/music"
+    assert config.evaluation.playlists.items == ""
 
 
 def test_playlists_favour_what_is_played_most() -> None:

@@ -116,6 +116,8 @@ def _table(path: Path, names: tuple[str, ...], numbers: int, encoding: str) -> p
         lines = path.read_bytes().decode(encoding).split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected {encoding} text, got byte {error.start}; take the official file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if not lines[0].rstrip("\r").startswith(expected):
         raise DataError(f"{path}:1: expected header {expected!r}, got {lines[0][:60]!r}; take the official file")
     for number, line in enumerate(lines[1:], start=2):
@@ -124,7 +126,7 @@ def _table(path: Path, names: tuple[str, ...], numbers: int, encoding: str) -> p
         fields = line.rstrip("\r").split("\t")
         try:
             row = [int(field) for field in fields[:numbers]] + fields[numbers : len(names)]
-            if len(row) < len(names):
+            if len(row) < len(names) or int(row[0]) < 0 or max(abs(int(n)) for n in row[:numbers]) >= 2**63:
                 raise ValueError
         except ValueError:
             raise DataError(f"{path}:{number}: expected {expected!r}, got {line[:60]!r}; mend the line") from None
@@ -221,10 +223,14 @@ def _playlists(path: Path) -> Iterator[tuple[int, str, list[tuple[str, str]]]]:
     """pid, normalised title, and (URI, cleaned name) of each track, of one slice."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DataError(f"{path}: expected JSON, got {' '.join(str(error).split())}; take the official file") from None
     for number, playlist in enumerate(_value(document, "playlists", list, str(path))):
         pid = _value(playlist, "pid", int, f"{path}: playlist at place {number}")
+        if not 0 <= pid < 2**63:
+            raise DataError(f"{path}: playlist {pid}: expected a pid >= 0 below 2**63; take the official file")
         where = f"{path}: playlist {pid}"
         title = query_text(_value(playlist, "name", str, where))
         tracks = []
