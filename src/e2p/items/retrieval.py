@@ -16,6 +16,7 @@ Rows = Sequence[int] | npt.NDArray[np.int64]
 Measure = Literal["dot", "cosine"]
 _BLOCK = 1 << 22  # scores held at once: 32 MB in float64
 _QUERIES = 256  # queries in a block
+_COSINE = 2.0**24  # steps from 0 to 1 that cosines are rounded to: orthogonal vectors tie at 0
 
 
 def rerank(
@@ -51,6 +52,7 @@ def rerank(
             neither candidates nor query vectors.
     """
     _at_least_one("length", length)
+    _at_least_one("pool", pool)
     users = _vectors(user_vectors, catalogue.dim, "user_vectors")
     count = len(users)
     if candidates is None:
@@ -78,7 +80,7 @@ def nearest(
     """The k rows of ``vectors`` with the highest score for each query, exactly, best first, equal scores by row.
 
     Blocks of queries meet blocks of vectors, so memory does not grow with B times N. Scores are computed in float64 and
-    compared as float32: equal vectors then score equally wherever they stand.
+    compared as float32 (cosines in steps of 2^-24): equal vectors then score equally wherever they stand.
 
     Args:
         queries: [B, D].
@@ -111,7 +113,8 @@ def nearest(
         best = [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in block]
         for start in range(0, len(vectors), width):
             part = _vectors(vectors[start : start + width], vectors.shape[1], "vectors", start)
-            scores = _rounded(block @ _prepared(part, measure).T)
+            exact = block @ _prepared(part, measure).T
+            scores = _rounded(np.rint(exact * _COSINE) / _COSINE if measure == "cosine" else exact)
             for index, (row, (rows, values)) in enumerate(zip(scores, best, strict=True)):
                 if unwanted is not None:
                     out = unwanted[first + index]
