@@ -237,7 +237,7 @@ def test_items_of_one_name_are_one_to_a_reader() -> None:
     """Each listener's playlist holds a song that all know, in an issue of its own: nobody can be given another's."""
     lists = {user: [3 * user, 3 * user + 1, 3 * user + 2] for user in range(12)}
     plays, names = named(lists, {3 * user: "The Song" for user in range(12)})
-    with pytest.raises(DataError, match=r"train: expected queries .*4 no other's playlist without artists"):
+    with pytest.raises(DataError, match=r"train: expected queries .*4 for want of another's without artists"):
         run(lists, plays, names)
 
 

@@ -37,9 +37,9 @@ WORDINGS = (
     "a {} playlist please",
     "what {} should i listen to",
 )
-FEW = "queries with too few listeners in the part"
-TWICE = "completions that stand in an earlier part"
-CLASH = "no other's playlist without artists that the listener played"
+FEW = "of a query with too few listeners in the part"
+TWICE = "of the same text as one in an earlier part"
+CLASH = "for want of another's without artists that the listener played"
 
 
 def labelled(
