@@ -148,6 +148,12 @@ def test_a_short_name_is_not_stretched(known: Catalogue, text: str) -> None:
     assert read_back([text], known) == [ReadBack(1, [], 0, 1)]
 
 
+def test_a_number_is_never_a_slip() -> None:
+    known = catalogue_of(["Circuito Reggae 11", "Donkey Kong Country"])
+    texts = ["circuito reggae 12", "circuito reggae", "donkey kong country 2", "circuito regae 11"]
+    assert [one.items for one in read_back(texts, known)] == [[], [], [], [0]]
+
+
 def test_part_of_a_name_is_not_the_name() -> None:
     known = catalogue_of(["Florence + the Machine", "Rage Against the Machine", "Nick Cave"])
     texts = ["the machine", "machine", "florence", "nick cave & the bad seeds", "rage against the machines"]
