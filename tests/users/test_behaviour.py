@@ -15,10 +15,15 @@ from hypothesis import strategies as st
 from e2p.cli import main
 from e2p.data.tables import open_embeddings
 from e2p.errors import ConfigError, DataError, RunError
-from e2p.users.behaviour import factorise, read_interactions
+from e2p.users.behaviour import Factors, FactorSettings, read_interactions
+from e2p.users.behaviour import factorise as factorise_with
 
 MONDAY = datetime(2024, 1, 1, tzinfo=UTC)
 TIME = pl.Datetime("us", "UTC")
+
+
+def factorise(frame: pl.DataFrame, **settings: Any) -> Factors:
+    return factorise_with(frame, FactorSettings(**settings))
 
 
 def plays(users: int = 40, items: int = 24, weeks: int = 0, seed: int = 0) -> pl.DataFrame:
@@ -36,9 +41,9 @@ def plays(users: int = 40, items: int = 24, weeks: int = 0, seed: int = 0) -> pl
     return frame if weeks else frame.drop("timestamp")
 
 
-@pytest.mark.parametrize("method", ["als", "bpr"])
-def test_users_of_a_kind_lie_together_and_next_to_their_items(method: Any) -> None:
-    found = factorise(plays(), method, dimension=6, iterations=60 if method == "als" else 800)
+@pytest.mark.parametrize(("method", "iterations"), [("als", 60), ("bpr", 800), ("lightgcn", 60)])
+def test_users_of_a_kind_lie_together_and_next_to_their_items(method: str, iterations: int) -> None:
+    found = factorise(plays(), method=method, dimension=6, iterations=iterations)
     assert found.user_vectors.shape == (40, 6)
     assert found.item_vectors.shape == (24, 6)
     affinity = found.user_vectors @ found.item_vectors.T
@@ -153,12 +158,18 @@ def test_settings_out_of_range_and_small_tables_are_refused(tmp_path: Path) -> N
         ({"dimension": 0}, "dimension: expected a whole number >= 1"),
         ({"dimension": 1, "method": "bpr"}, "dimension"),
         ({"method": "bpr", "refresh": "week"}, "refresh: expected method als"),
-        ({"method": "lightgcn"}, "method: expected als or bpr, got 'lightgcn'"),
+        ({"method": "lightgcn", "refresh": "week"}, "refresh: expected method als"),
+        ({"method": "svd"}, "method: expected one of als, bpr, lightgcn, got 'svd'"),
+        ({"refresh": "hour"}, "refresh: expected one of never, day"),
         ({"space_share": 0.0}, "space_share"),
+        ({"regularization": 0.0}, "regularization"),
+        ({"alpha": -1.0}, "alpha"),
         ({"iterations": 0}, "iterations"),
+        ({"layers": 0}, "layers: expected a whole number >= 1, got 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a number > 0, got nan"),
     ):
         with pytest.raises(ConfigError, match=message):
-            factorise(plays(), **change)
+            FactorSettings(**change)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="expected more than 40 users and items"):
         factorise(plays(), dimension=40)
     with pytest.raises(DataError, match="expected a column timestamp, got none"):

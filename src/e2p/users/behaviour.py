@@ -17,11 +17,51 @@ from e2p.data.sources import first_true, is_id, locator, open_table, to_utc
 from e2p.data.tables import require_folder, write_embeddings, write_frame
 from e2p.errors import ConfigError, DataError, MissingExtraError, RunError
 
-Method = Literal["als", "bpr"]
+Method = Literal["als", "bpr", "lightgcn"]
 Refresh = Literal["never", "day", "week", "month"]
 Floats = npt.NDArray[np.float32]
 _EVERY = {"day": "1d", "week": "1w", "month": "1mo"}
 _ROWS = 262_144
+# What a setting is where none is given: regularization and iterations.
+_OWN = {"als": (0.01, 15), "bpr": (0.01, 15), "lightgcn": (1e-4, 100)}
+
+
+@dataclass(frozen=True)
+class FactorSettings:
+    """How interactions become vectors; what each setting does stands at :func:`behaviour`.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+
+    method: Method = "als"
+    dimension: int = 120
+    refresh: Refresh = "never"
+    space_share: float = 0.5
+    regularization: float | None = None
+    alpha: float = 1.0
+    iterations: int | None = None
+    layers: int = 3
+    learning_rate: float = 0.01
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        least = 2 if self.method == "bpr" else 1
+        for name, ok, expected in (
+            ("method", self.method in get_args(Method), f"one of {', '.join(get_args(Method))}"),
+            ("dimension", self.dimension >= least, "a whole number >= 1 (bpr: 2)"),
+            ("refresh", self.refresh in get_args(Refresh), f"one of {', '.join(get_args(Refresh))}"),
+            ("space_share", 0 < self.space_share <= 1, "a number in (0, 1]"),
+            ("regularization", self.regularization is None or self.regularization > 0, "a number > 0"),
+            ("alpha", self.alpha > 0, "a number > 0"),
+            ("iterations", self.iterations is None or self.iterations >= 1, "a whole number >= 1"),
+            ("layers", self.layers >= 1, "a whole number >= 1"),
+            ("learning_rate", self.learning_rate > 0, "a number > 0"),
+        ):
+            if not ok:
+                raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        if self.refresh != "never" and self.method != "als":
+            raise ConfigError(f"refresh: expected method als, which can fold new interactions in, got {self.method!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +95,11 @@ def behaviour(
     dimension: int = 120,
     refresh: Refresh = "never",
     space_share: float = 0.5,
-    regularization: float = 0.01,
+    regularization: float | None = None,
     alpha: float = 1.0,
-    iterations: int = 15,
+    iterations: int | None = None,
+    layers: int = 3,
+    learning_rate: float = 0.01,
     seed: int = 42,
     overwrite: bool = False,
 ) -> None:
@@ -67,14 +109,17 @@ def behaviour(
         interactions: table with user_id, item_id and optionally weight (> 0; default 1) and timestamp.
         output: Parquet file for the users' vectors.
         items: Parquet file for the items' vectors; empty: not written.
-        method: als: implicit-feedback alternating least squares; bpr: Bayesian personalised ranking.
+        method: als: implicit-feedback alternating least squares; bpr: Bayesian personalised ranking;
+            lightgcn: a graph network, which takes an interaction as there or not, whatever its weight.
         dimension: numbers in a vector.
         refresh: a new vector for whoever did something in a day, week or month, at its end; needs timestamps and als.
         space_share: with refresh, the share of the periods that item vectors are learned from. The first user vectors
             are of its end; later ones are folded into the same space, so that what was trained on it stays valid.
-        regularization: of the factors.
+        regularization: of the factors; not given: 0.01, lightgcn 0.0001.
         alpha: als: how much an interaction of weight 1 counts beyond none.
-        iterations: passes over the interactions.
+        iterations: passes over the interactions; not given: 15, lightgcn 100.
+        layers: lightgcn: a vector takes in those of users and items up to this many links away.
+        learning_rate: lightgcn: of Adam.
         seed: seed of the start.
         overwrite: replace the outputs if they are there.
 
@@ -82,8 +127,11 @@ def behaviour(
         DataError: the table cannot be used; the message has file, row and user.
         ConfigError: a setting is out of range.
         RunError: an output is there already.
-        MissingExtraError: implicit is not installed.
+        MissingExtraError: implicit, or for lightgcn torch-geometric, is not installed.
     """
+    settings = FactorSettings(
+        method, dimension, refresh, space_share, regularization, alpha, iterations, layers, learning_rate, seed
+    )
     wanted = [Path(path) for path in (output, items) if path]
     for path in wanted:
         if path.suffix != ".parquet":
@@ -95,7 +143,7 @@ def behaviour(
         raise ConfigError(f"items: expected another file than output, got {items!r}")
     frame = read_interactions(interactions)
     try:
-        found = factorise(frame, method, dimension, refresh, space_share, regularization, alpha, iterations, seed)
+        found = factorise(frame, settings)
     except DataError as error:
         raise DataError(f"{interactions}: {error}") from None
     if items:
@@ -150,46 +198,35 @@ def read_interactions(source: str) -> pl.DataFrame:
     return pl.concat(parts)
 
 
-def factorise(
-    interactions: pl.DataFrame,
-    method: Method = "als",
-    dimension: int = 120,
-    refresh: Refresh = "never",
-    space_share: float = 0.5,
-    regularization: float = 0.01,
-    alpha: float = 1.0,
-    iterations: int = 15,
-    seed: int = 42,
-) -> Factors:
-    """Factorise a table as of :func:`read_interactions`; settings as of :func:`behaviour`.
+def factorise(interactions: pl.DataFrame, settings: FactorSettings) -> Factors:
+    """Factorise a table as of :func:`read_interactions`.
 
     A vector with a timestamp sees no interaction at or after it, and the space no interaction after the first of them.
 
     Raises:
         DataError: no interactions in the part that the space is made of; fewer users or items than dimensions.
-        ConfigError: a setting is out of range.
+        MissingExtraError: implicit, or for lightgcn torch-geometric, is not installed.
     """
-    _check(method, dimension, refresh, space_share, regularization, alpha, iterations)
     timed = "timestamp" in interactions.columns
-    if refresh == "never":
+    if settings.refresh == "never":
         users, items, matrix = _matrix(interactions)
-        _check_size(dimension, users, items)
-        model = _fit(matrix, method, dimension, regularization, alpha, iterations, seed)
+        _check_size(settings.dimension, users, items)
+        model = _fit(matrix, settings)
         # Known just after the last interaction: an example of the same instant may be that interaction itself.
         last = interactions["timestamp"].dt.offset_by("1us").max() if timed else None
         times = None if last is None else pl.repeat(last, len(users), dtype=interactions["timestamp"].dtype, eager=True)
         item_vectors = np.asarray(model.item_factors, np.float32)
-        version = _version(method, item_vectors)
+        version = _version(settings.method, item_vectors)
         return Factors(users, np.asarray(model.user_factors, np.float32), times, items, item_vectors, version, 0)
     if not timed:
         raise DataError("refresh: expected a column timestamp, got none; add it, or refresh never")
-    every = _EVERY[refresh]
+    every = _EVERY[settings.refresh]
     dated = interactions.with_columns(end=pl.col("timestamp").dt.truncate(every).dt.offset_by(every))
     ends = dated["end"].unique().sort()
-    first = ends[max(0, round(space_share * len(ends)) - 1)]
+    first = ends[max(0, round(settings.space_share * len(ends)) - 1)]
     users, items, matrix = _matrix(dated.filter(pl.col("end") <= first))
-    _check_size(dimension, users, items)
-    model = _fit(matrix, method, dimension, regularization, alpha, iterations, seed)
+    _check_size(settings.dimension, users, items)
+    model = _fit(matrix, settings)
     known = dated.filter(pl.col("item_id").is_in(items.implode()))
     parts: list[tuple[pl.Series, Floats, datetime]] = []
     for end in ends.filter(ends >= first):
@@ -207,35 +244,45 @@ def factorise(
         times,
         items,
         item_vectors,
-        _version(method, item_vectors),
+        _version(settings.method, item_vectors),
         dated.height - known.height,
     )
 
 
 def als(counts: Any, dimension: int, regularization: float, alpha: float, iterations: int, seed: int) -> Any:
     """implicit's ALS, fitted on a sparse table [users, items]; it has ``user_factors`` and ``item_factors``."""
-    return _fit(counts, "als", dimension, regularization, alpha, iterations, seed)
+    settings = FactorSettings(
+        dimension=dimension, regularization=regularization, alpha=alpha, iterations=iterations, seed=seed
+    )
+    return _fit(counts, settings)
 
 
-def _fit(
-    counts: Any, method: Method, dimension: int, regularization: float, alpha: float, iterations: int, seed: int
-) -> Any:
+def _fit(counts: Any, settings: FactorSettings) -> Any:
+    """A model of a sparse table [users, items], with ``user_factors`` and ``item_factors``."""
+    own_regularization, own_iterations = _OWN[settings.method]
+    regularization, iterations = settings.regularization or own_regularization, settings.iterations or own_iterations
+    if settings.method == "lightgcn":
+        from e2p.users.graph import lightgcn
+
+        layers, rate = settings.layers, settings.learning_rate
+        return lightgcn(counts, settings.dimension, layers, iterations, rate, regularization, settings.seed)
     try:
         from implicit.als import AlternatingLeastSquares
         from implicit.bpr import BayesianPersonalizedRanking
         from threadpoolctl import threadpool_limits
     except ImportError:
         raise MissingExtraError("implicit", "recsys", "vectors from interactions") from None
-    # One thread: with more, a seed does not repeat.
     # BPR adds a bias to each side as one more number.
-    factors = dimension - (method == "bpr")
-    shared = {"factors": factors, "iterations": iterations, "random_state": seed, "num_threads": 1}
+    factors = settings.dimension - (settings.method == "bpr")
+    # One thread: with more, a seed does not repeat.
+    shared = {"factors": factors, "regularization": regularization, "iterations": iterations, "use_gpu": False,
+              "random_state": settings.seed, "num_threads": 1}  # fmt: skip
     with threadpool_limits(1, "blas"):
         model: Any
-        if method == "als":
-            model = AlternatingLeastSquares(regularization=regularization, alpha=alpha, use_gpu=False, **shared)
+        if settings.method == "als":
+            model = AlternatingLeastSquares(alpha=settings.alpha, **shared)
         else:
-            model = BayesianPersonalizedRanking(regularization=regularization, use_gpu=False, **shared)
+            model = BayesianPersonalizedRanking(**shared)
         model.fit(counts.astype(np.float32), show_progress=False)
     return model
 
@@ -264,20 +311,3 @@ def _check_size(dimension: int, users: pl.Series, items: pl.Series) -> None:
             f"expected more than {dimension} users and items for vectors of {dimension} numbers, got {len(users)} and "
             f"{len(items)}; lower the dimension"
         )
-
-
-def _check(
-    method: str, dimension: int, refresh: str, share: float, regularization: float, alpha: float, iterations: int
-) -> None:
-    for name, ok, expected, got in (
-        ("method", method in get_args(Method), "als or bpr", method),
-        ("dimension", dimension >= (2 if method == "bpr" else 1), "a whole number >= 1 (bpr: 2)", dimension),
-        ("refresh", refresh in get_args(Refresh), f"one of {', '.join(get_args(Refresh))}", refresh),
-        ("refresh", refresh == "never" or method == "als", "method als, which can fold new interactions in", method),
-        ("space_share", 0 < share <= 1, "a number in (0, 1]", share),
-        ("regularization", regularization > 0, "a number > 0", regularization),
-        ("alpha", alpha > 0, "a number > 0", alpha),
-        ("iterations", iterations >= 1, "a whole number >= 1", iterations),
-    ):
-        if not ok:
-            raise ConfigError(f"{name}: expected {expected}, got {got!r}")
