@@ -63,7 +63,7 @@ def kl_baseline(total: Float[Tensor, ""], pairs: Float[Tensor, ""]) -> Float[Ten
         total: sum over the step's pairs, each a row's prompt and soft tokens with another row's completion, in nats.
         pairs: their number.
     """
-    return (total.detach().float() / pairs).clamp(min=0)
+    return (_wide(total.detach()) / pairs).clamp(min=0)
 
 
 def kto_losses(
@@ -77,7 +77,7 @@ def kto_losses(
     """Kahneman-Tversky loss of each row (Ethayarajh et al. 2024, Eq. 7 and 8, without the constant).
 
     With r = log p(policy) - log p(reference): weight * (1 - sigmoid(beta (r - z0))) of an engaged row,
-    weight * (1 - sigmoid(beta (z0 - r))) of another. Computed as the sigmoid of the negative, in float32.
+    weight * (1 - sigmoid(beta (z0 - r))) of another. Computed as the sigmoid of the negative, in float32 at least.
 
     Args:
         policy: log-likelihood of each completion with soft tokens, in nats; or its mean per token.
@@ -88,14 +88,14 @@ def kto_losses(
         weights: of engaged rows and of the others.
     """
     sign = torch.where(engaged, 1.0, -1.0)
-    ratio = policy.float() - reference.float()
-    return torch.where(engaged, weights[0], weights[1]) * torch.sigmoid(-beta * sign * (ratio - baseline))
+    ratio = _wide(policy) - _wide(reference)
+    return torch.where(engaged, weights[0], weights[1]) * torch.sigmoid(-sign * (ratio - baseline) * beta)
 
 
 def engagement_losses(
     loglikelihood: Float[Tensor, "b"], engaged: Bool[Tensor, "b"], alpha: float
 ) -> Float[Tensor, "b"]:
-    """The paper's Eq. 5 of each row, negated: -(y log p + alpha (1 - y) log(1 - p)), in float32.
+    """The paper's Eq. 5 of each row, negated: -(y log p + alpha (1 - y) log(1 - p)), in float32 at least.
 
     The paper calls it KTO; it is a weighted binary cross-entropy in the completion's likelihood p.
 
@@ -104,15 +104,15 @@ def engagement_losses(
         engaged: the labels y.
         alpha: weight of rows that are not engaged.
     """
-    logp = loglikelihood.float()
+    logp = _wide(loglikelihood)
     return -torch.where(engaged, logp, alpha * log1mexp(logp))
 
 
 def log1mexp(logp: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """log(1 - exp(x)) of x <= 0, without loss of digits (Mächler 2012), float32.
+    """log(1 - exp(x)) of x <= 0, without loss of digits (Mächler 2012).
 
-    Where x is so near to 0 that p rounds to 1, the value is that of the next smaller p, about -16, and the gradient
-    stays finite and points away from p = 1.
+    Where x is so near to 0 that p rounds to 1, the value is that of the next smaller p (about -16 in float32), and the
+    gradient stays finite and points away from p = 1.
     """
     x = -logp
     least = torch.finfo(x.dtype).eps
@@ -122,3 +122,8 @@ def log1mexp(logp: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     # Of both branches the one not taken gets a harmless argument, or its infinite gradient times 0 would be NaN.
     small, large = torch.where(near, x, 0.5), torch.where(near, 1.0, x)
     return torch.where(near, torch.log(-torch.expm1(-small)), torch.log1p(-torch.exp(-large)))
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Half precision as float32."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -11,16 +11,17 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from e2p.config import ObjectiveConfig
 from e2p.data.batches import Ints
 from e2p.data.splits import SPLITS
-from e2p.data.tokenised import TokenisedExamples
 from e2p.errors import DataError
 from e2p.model.e2p import E2PModel
 from e2p.training.inputs import JoinedTables, RunInputs
@@ -93,11 +94,12 @@ def load_preferences(
         DataError: all completions of a part are one and the same text.
     """
     other = np.full(len(inputs.tokens), -1, np.int64)
-    users = inputs.keys["user_id"].rank("dense").to_numpy()
+    users = inputs.keys["user_id"].rank("dense").cast(pl.Int64).to_numpy()
     for code, part in enumerate(JUDGED):
         rows = inputs.all_rows(part)
         try:
-            other[rows] = mismatched(rows, users, inputs.tokens, [seed, 6, code])
+            texts = np.array([_hash(inputs.tokens[int(row)].completion) for row in rows], np.uint64)
+            other[rows] = rows[mismatched(users[rows], texts, [seed, 6, code])]
         except DataError as error:
             raise DataError(f"the {part} part: {error}") from None
     reference, reference_other = _reference(inputs, model, other, budget, console)
@@ -108,46 +110,50 @@ def load_preferences(
     return Preferences(inputs.labels == 1, other, reference, reference_other, weights)
 
 
-def mismatched(rows: Ints, users: Ints, tokens: TokenisedExamples, seed: list[int]) -> Ints:
-    """For each row another one of ``rows`` with another completion, of another user if at all possible; seeded.
+def mismatched(users: Ints, texts: npt.NDArray[np.uint64], seed: list[int]) -> Ints:
+    """For each of n rows another one with another completion, of another user if at all possible; seeded.
 
     Args:
-        rows: rows of the table that take part [n].
-        users: a number for the user of every row of the table [N].
-        tokens: the tokenised table; completions are compared as ids.
+        users: a number for each row's user [n].
+        texts: a number for each row's completion [n].
         seed: numpy seed.
 
     Returns:
-        Rows of the table [n].
+        Indices of rows, 0 to n - 1 [n].
 
     Raises:
         DataError: all these rows share one completion: the baseline z0 would be made of the completions themselves.
     """
-    texts = np.array([_hash(tokens[int(row)].completion) for row in rows], np.uint64)
-    who = users[rows]
     if len(np.unique(texts)) < 2:
         raise DataError(
-            f"expected at least two different completions, got one in all {len(rows):,} rows: no mismatched pair can "
+            f"expected at least two different completions, got one in all {len(texts):,} rows: no mismatched pair can "
             "be made for the KL baseline of kto; add other answers, or train with objective.name engagement or lm"
         )
+    if len(np.unique(users)) < 2:
+        users = texts.astype(np.int64)  # nobody else is there
     random = np.random.default_rng(seed)
-    found = np.full(len(rows), -1, np.int64)
-    for attempt in range(2 * _TRIES):
+    found = np.full(len(texts), -1, np.int64)
+    for attempt in range(_TRIES):
         open_ = np.flatnonzero(found < 0)
-        if not len(open_):
-            break
-        drawn = random.integers(0, len(rows), len(open_))
-        fits = texts[drawn] != texts[open_]
-        if attempt < _TRIES:
-            fits &= who[drawn] != who[open_]
+        # In turn: whatever one kind of value is shared by nearly all rows, the other draw meets few of them.
+        drawn = _of_other_value(texts if attempt % 2 else users, open_, random)
+        fits = (texts[drawn] != texts[open_]) & (users[drawn] != users[open_])
         found[open_[fits]] = drawn[fits]
-    for at in np.flatnonzero(found < 0):  # what luck has not found: few, or rows of one text that nearly all share
-        same = (found < 0) & (texts == texts[at]) & (who == who[at])
+    for at in np.flatnonzero(found < 0):  # nobody else has another text, or hardly anybody
         if found[at] < 0:
+            same = (found < 0) & (texts == texts[at]) & (users == users[at])
             pool = np.flatnonzero(texts != texts[at])
-            strangers = pool[who[pool] != who[at]]
+            strangers = pool[users[pool] != users[at]]
             found[same] = random.choice(strangers if len(strangers) else pool, int(same.sum()))
-    return rows[found]
+    return found
+
+
+def _of_other_value(values: npt.NDArray[Any], rows: Ints, random: np.random.Generator) -> Ints:
+    """For each of some rows an index drawn evenly from those with another value; there must be two values."""
+    order = np.argsort(values, kind="stable")
+    first, last = (np.searchsorted(values[order], values[rows], side=side) for side in ("left", "right"))
+    at = random.integers(0, len(values) - (last - first))
+    return order[np.where(at >= first, at + last - first, at)]
 
 
 def _hash(ids: npt.NDArray[np.int32]) -> int:

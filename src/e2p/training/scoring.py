@@ -67,12 +67,12 @@ def loglikelihoods(
 
 
 def per_completion(logprobs: Tensor, lengths: Tensor) -> Tensor:
-    """Sums over each completion's tokens [b], float32, of flat values [n]; gradients go through.
+    """Sums over each completion's tokens [b] of flat values [n], float32 at least; gradients go through.
 
     Args:
         logprobs: one value for every labelled token, completion after completion.
         lengths: labelled tokens of each completion; they sum to n.
     """
     row = torch.repeat_interleave(torch.arange(len(lengths), device=logprobs.device), lengths)
-    zeros = torch.zeros(len(lengths), dtype=torch.float32, device=logprobs.device)
-    return zeros.index_add(0, row, logprobs.float())
+    values = logprobs if logprobs.dtype == torch.float64 else logprobs.float()
+    return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, row, values)
