@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 from rich.progress import Progress
 
@@ -26,7 +27,7 @@ from e2p.errors import DataError
 from e2p.model.e2p import E2PModel
 from e2p.training.inputs import RunInputs, deal
 from e2p.training.run import shuffled_rows
-from e2p.training.scoring import score_batches
+from e2p.training.scoring import loglikelihoods, score_batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +99,15 @@ def random_rows(inputs: RunInputs, seed: int) -> Ints:
     Raises:
         DataError: fewer than two test users have a vector.
     """
-    return deal(inputs, inputs.rows("test"), [seed, 3])
+    return deal(inputs, inputs.all_rows("test"), [seed, 3])
 
 
 def score_arm(arm: Arm, inputs: RunInputs, budget: int, progress: Progress | None = None) -> pl.DataFrame:
     """Per-example scores of an arm in long form: example_id, user_id, arm, metric, value.
 
     Metrics: nll (nats, summed over the completion's tokens, its end token included), tokens, bytes (UTF-8, of the
-    completion's text), context_tokens.
+    completion's text), context_tokens; where the table has labels, auc: for each engaged example the share of its
+    user's other test examples, those not engaged, that are less likely per token (ties count half).
     """
     rows = arm.examples.rows
     nll = np.zeros(len(inputs.tokens))
@@ -115,13 +117,37 @@ def score_arm(arm: Arm, inputs: RunInputs, budget: int, progress: Progress | Non
         nll[batch.index.numpy()] = [-float(part.sum()) for part in parts]
         if progress:
             progress.update(task, advance=len(batch))
+    tokens = inputs.tokens.completion_lengths
     values = {
         "nll": nll,
-        "tokens": inputs.tokens.completion_lengths,
+        "tokens": tokens,
         "bytes": inputs.tokens.column("bytes"),
         "context_tokens": arm.context_tokens,
     }
-    return pl.concat(_long(inputs, rows, arm.name, values))
+    parts = list(_long(inputs, rows, arm.name, values))
+    if (others := np.setdiff1d(inputs.all_rows("test"), inputs.rows("test"))).size:
+        per_token = np.zeros(len(nll))
+        per_token[rows] = -nll[rows] / tokens[rows]
+        found = loglikelihoods(arm.model, arm.examples, others, budget, use_prefix=arm.use_prefix)
+        per_token[others] = found / tokens[others]
+        faced, auc = _faced(inputs, rows, others, per_token)
+        parts += _long(inputs, faced, arm.name, {"auc": auc})
+    return pl.concat(parts)
+
+
+def _faced(inputs: RunInputs, engaged: Ints, others: Ints, score: npt.NDArray[np.float64]) -> tuple[Ints, Any]:
+    """Engaged rows whose user has others too, and for every row of the table the share of these that score less."""
+    users = inputs.keys["user_id"].rank("dense").cast(pl.Int64).to_numpy()
+    auc, faced = np.zeros(len(score)), []
+    order = others[np.lexsort((score[others], users[others]))]
+    first, last = (np.searchsorted(users[order], users[engaged], side=side) for side in ("left", "right"))
+    for row, start, end in zip(engaged, first, last, strict=True):
+        if end > start:
+            own = score[order[start:end]]
+            below, upto = (np.searchsorted(own, score[row], side=side) for side in ("left", "right"))
+            auc[row] = (below + upto) / (2 * len(own))
+            faced.append(row)
+    return np.array(faced, np.int64), auc
 
 
 def _long(inputs: RunInputs, rows: Ints, arm: str, values: dict[str, Any]) -> Iterator[pl.DataFrame]:

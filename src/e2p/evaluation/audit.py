@@ -22,6 +22,7 @@ from e2p.provenance import provenance
 
 FORMAT = 2
 SCORES, COVARIATES, ABOUT, RESULTS = "scores.parquet", "covariates.parquet", "scored.json", "results.json"
+ANSWERS = "answers.parquet"
 # Settings in which runs of one experiment may differ. The tables' contents are compared, not their places.
 _FREE = frozenset({"training.seed", "output", "data.examples", "data.embeddings", "data.cache_dir", "backbone.device"})
 
@@ -81,7 +82,8 @@ def audit(
     resamples = resamples or settings.get("resamples", 10_000)
     seed = settings.get("seed", 42) if seed is None else seed
     scores = [one.scores for one in seeds]
-    headline, *others = (_of_metric(name, scores, better, resamples, seed) for name in audited_metrics(scores))
+    names = audited_metrics(scores, first.about.get("headline") or "")
+    headline, *others = (_of_metric(name, scores, better, resamples, seed) for name in names)
     comparisons = headline.pop("compared")
     leaks = first.about.get("leaks")
     fired = [check["name"] for check in leaks or () if check["fired"]]
@@ -115,6 +117,7 @@ def audit(
         "extra": first.about.get("extra") or {},
         "space": first.about.get("space"),
         "prefix": first.about.get("prefix"),
+        "playlists": first.about.get("playlists"),
         "warnings": _warnings(seeds),
     }
 

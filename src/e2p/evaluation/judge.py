@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,12 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from e2p.config import DataConfig, RunConfig, load_yaml, save_yaml, to_dict
 from e2p.data.sources import cache_root
 from e2p.data.tables import content_key, example_batches, write_frame
-from e2p.data.templates import Prompt
 from e2p.data.tokenised import TokenisedExamples, tokenise
 from e2p.errors import DataError, E2PError, RunError
-from e2p.evaluation.arms import build_arms, score_arm, without_prompt_arms
+from e2p.evaluation.answers import answer
+from e2p.evaluation.arms import Arm, build_arms, score_arm, without_prompt_arms
 from e2p.evaluation.audit import (
     ABOUT,
+    ANSWERS,
     COVARIATES,
     FORMAT,
     SCORES,
@@ -34,6 +34,8 @@ from e2p.evaluation.audit import (
 )
 from e2p.evaluation.breakdowns import covariates
 from e2p.evaluation.leaks import check_leaks
+from e2p.evaluation.playlists import Shelf, judge_playlists, load_shelf, rerank_answers
+from e2p.evaluation.samples import samples
 from e2p.evaluation.significance import require_tests
 from e2p.evaluation.space import describe_prefix, describe_space, known_attribute
 from e2p.model.adapter import CONFIG
@@ -102,6 +104,8 @@ def score(
     require_tests(inputs.keys["user_id"].to_numpy()[inputs.rows("test")])
     leaks = [dataclasses.asdict(check) for check in check_leaks(inputs, config.data.examples)]
     refuse_leaks(folder, leaks, allow_leaks)
+    tables_of = config.evaluation.playlists
+    shelf = load_shelf(tables_of, config.data.examples, inputs) if tables_of.items else None
     names, profiled, warnings = _possible_arms(config, e2p, inputs)
     models = {"e2p": e2p}
     for arm in ("static", "shuffled"):
@@ -110,6 +114,10 @@ def score(
     arms = build_arms(names, models, inputs, profiled, config.evaluation.seed, config.training.seed)
     with _bars(console) as bars:
         scores = pl.concat([score_arm(arm, inputs, config.training.tokens_per_pass, bars) for arm in arms])
+        playlists = None
+        if shelf is not None:
+            judged_lists, playlists = _playlists(config, shelf, arms, inputs, folder, bars)
+            scores = pl.concat([scores, judged_lists])
     training = {arm: _training_record(folder, arm) for arm in models}
     judged = training["e2p"]["validation"]
     if is_useless(judged):
@@ -122,7 +130,7 @@ def score(
     seed = config.evaluation.seed
     drawn: dict[str, Any] = {}
     for part, title, draw in (
-        ("samples", "sample answers", lambda: _samples(config, e2p, inputs)),
+        ("samples", "sample answers", lambda: samples(config, e2p, inputs)),
         ("space", "map of the users", lambda: _space(config, e2p, inputs, folder)),
         ("prefix", "description of the prefix", lambda: describe_prefix(e2p, inputs, seed)),
     ):
@@ -140,12 +148,50 @@ def score(
         "tables": tables,
         "data": dict(inputs.counts),
         "training": training,
+        "headline": _headline(config, scores),
+        "playlists": playlists,
         "leaks": leaks,
         "extra": dict(extra or {}),
         "warnings": warnings,
         **drawn,
     }
     write_json(folder / ABOUT, about)
+
+
+def _playlists(
+    config: RunConfig, shelf: Shelf, arms: Sequence[Arm], inputs: RunInputs, folder: Path, bars: Progress
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Playlists of all arms, kept in the run folder, and their scores."""
+    wanted, seed = config.evaluation.playlists, config.evaluation.seed
+    answers = [
+        answer(
+            arm,
+            inputs,
+            config.training.tokens_per_pass,
+            draws=wanted.answers,
+            temperature=wanted.temperature,
+            max_new_tokens=config.evaluation.max_new_tokens,
+            seed=seed,
+            progress=bars,
+        )
+        for arm in arms
+    ]
+    if "rerank" in config.evaluation.arms:
+        answers.append(rerank_answers(shelf, inputs))
+    together = pl.concat(answers)
+    write_frame(folder / ANSWERS, together)
+    return judge_playlists(together, shelf, inputs, seed, config.evaluation.resamples)
+
+
+def _headline(config: RunConfig, scores: pl.DataFrame) -> str:
+    """The metric that the verdict rests on, as :class:`EvaluationConfig` says."""
+    measured = set(scores["metric"].unique())
+    usual = ["hit_rate", *(["auc"] if config.objective.name != "lm" else []), "nats_per_token"]
+    asked = config.evaluation.headline
+    if asked and asked not in measured | {"nats_per_token", "bits_per_byte"}:
+        known = ", ".join(sorted(measured | {"nats_per_token"}))
+        raise DataError(f"evaluation.headline: expected one of {known}, got {asked!r}")
+    return asked or next(name for name in usual if name in measured or name == "nats_per_token")
 
 
 def run_config(folder: Path) -> RunConfig:
@@ -272,7 +318,7 @@ def _possible_arms(
     config: RunConfig, e2p: E2PModel, inputs: RunInputs
 ) -> tuple[tuple[str, ...], TokenisedExamples | None, list[str]]:
     """The arms asked for that these tables and this adapter allow, examples with profiles, and what is left out why."""
-    names, warnings = config.evaluation.arms, []
+    names, warnings = tuple(arm for arm in config.evaluation.arms if arm != "rerank"), []
     if "null" in names and not e2p.projector.config.null_prob and not inputs.counts["null_user_without_vector"]:
         names = tuple(name for name in names if name != "null")
         warnings.append("The arm null is left out: with projector.null_prob 0 the null user has not been trained.")
@@ -323,54 +369,11 @@ def _has_profiles(source: str) -> bool:
     )
 
 
-def _samples(config: RunConfig, model: E2PModel, inputs: RunInputs) -> list[dict[str, Any]]:
-    """The first test example's prompt, answered by the bare backbone and for a few test users."""
-    rows = inputs.rows("test")
-    random = np.random.default_rng([config.evaluation.seed, 4])
-    users = inputs.keys["user_id"].to_numpy()
-    _, firsts = np.unique(users[rows], return_index=True)
-    count = min(config.evaluation.samples, len(firsts))
-    if not count:
-        return []
-    chosen = rows[np.sort(random.choice(firsts, count, replace=False))]
-    wanted = _texts(config.data.examples, {int(row) for row in (rows[0], *chosen)})
-    first = wanted[int(rows[0])]
-    prompt = first["messages"] or first["prompt"]
-    which = inputs.vector_rows[chosen]
-    vectors = [inputs.embeddings.vectors[row] if row >= 0 else None for row in which]
-    length = _room(config, model, prompt)
-    plain = model.generate([prompt], use_prefix=False, max_new_tokens=length, do_sample=False)[0]
-    personal = model.generate([prompt] * count, vectors, max_new_tokens=length, do_sample=False)
-    answers = [{"user_id": "", "profile": None, "arm": "none", "text": plain}] + [
-        {"user_id": str(users[row]), "profile": wanted[int(row)]["profile"], "arm": "e2p", "text": text}
-        for row, text in zip(chosen, personal, strict=True)
-    ]
-    shown = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-    return [{"prompt": shown, "answers": answers}]
-
-
 def _space(config: RunConfig, model: E2PModel, inputs: RunInputs, folder: Path) -> dict[str, Any] | None:
     """The map of the users, coloured as the settings say."""
     name = config.evaluation.attribute
     attribute = known_attribute(config.data.examples, name) if name else None
     return describe_space(model, inputs, folder, config.evaluation.seed, attribute, name)
-
-
-def _room(config: RunConfig, model: E2PModel, prompt: Prompt) -> int:
-    """New tokens that are asked for, or that still fit in the backbone's window."""
-    asked, window = config.evaluation.max_new_tokens, model.backbone.window
-    taken = len(model.encoder.prompt(prompt).ids) + model.projector.config.prefix_tokens
-    return asked if window is None else max(1, min(asked, window - taken))
-
-
-def _texts(source: str, rows: set[int]) -> dict[int, dict[str, Any]]:
-    found: dict[int, dict[str, Any]] = {}
-    for frame in example_batches(source):
-        for row in frame.filter(pl.col("row").is_in(list(rows))).iter_rows(named=True):
-            found[row["row"]] = row
-        if len(found) == len(rows):
-            break
-    return found
 
 
 def _bars(console: Console | None) -> Progress:

@@ -38,6 +38,9 @@ _KNOWN: dict[str, tuple[str, Direction]] = {
     "auc": ("AUC", "higher"),
     "engagement": ("engagement", "higher"),
     "affinity": ("affinity", "higher"),
+    "hit_rate": ("playlist hit rate", "higher"),
+    "played": ("share played", "higher"),
+    "invented": ("share invented", "lower"),
     "accuracy": ("accuracy", "higher"),
 }
 _RANKED = {"hit_rate": "HitRate", "ndcg": "NDCG", "mrr": "MRR", "recall": "recall", "precision": "precision"}
@@ -79,9 +82,9 @@ def metric_of(name: str, better: Mapping[str, Direction] | None = None) -> Metri
     return Metric(name, label, "lower" if direction == "lower" else "higher")
 
 
-def audited_metrics(scores: Scores) -> list[str]:
-    """The metrics that scores can be judged by: nats per token first, where there are likelihoods, then the others in
-    the order in which they stand there. The first drives the verdict.
+def audited_metrics(scores: Scores, headline: str = "") -> list[str]:
+    """The metrics that scores can be judged by: the headline if it is there, nats per token where there are
+    likelihoods, then the others in the order in which they stand there. The first drives the verdict.
 
     Raises:
         DataError: there is none, or the seeds differ in theirs.
@@ -92,7 +95,7 @@ def audited_metrics(scores: Scores) -> list[str]:
     found += [name for name in stored if name not in (*_PARTS, *found)]
     if not found:
         raise DataError(f"scores: no metric to judge by, only {', '.join(stored) or 'no rows'}")
-    return found
+    return sorted(found, key=lambda name: name != headline)
 
 
 def arm_order(arms: Iterable[str]) -> list[str]:

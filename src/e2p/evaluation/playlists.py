@@ -1,0 +1,273 @@
+"""Generated playlists, judged: read back to items, then hits among held-out plays, affinity and predicted engagement.
+
+The paper judges by an engagement predictor alone (Appendix A). A predictor rates what it was taught to like, so it
+stands here beside what the listener really played, and whether the two rank the arms alike is part of the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from e2p.config import PlaylistsConfig
+from e2p.data.batches import Ints
+from e2p.data.sources import open_table
+from e2p.data.vectors import to_vectors
+from e2p.errors import DataError
+from e2p.evaluation.engagement import EngagementPredictor, affinity, agreement, features, judge_predictor
+from e2p.items.catalogue import Catalogue, ReadBack, load_catalogue, playlist_text, read_back, reading
+from e2p.items.retrieval import rerank
+from e2p.training.inputs import RunInputs
+
+METRICS = ("hit_rate", "engagement", "affinity", "played", "invented")
+_ROWS = 65_536
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Shelf:
+    """What playlists are judged with.
+
+    Args:
+        catalogue: the items; those of the held-out plays that no vector is known of have a zero vector.
+        queries: vector and candidate rows of each query.
+        plays: rows that each user played and his vector has not seen.
+        known: rows that his vector was made of.
+        asked: query of each example, or None.
+        lists: rows of each example's playlist, empty where the table does not say.
+        longest: items of the longest playlist in training; of a longer answer, the first so many count.
+    """
+
+    catalogue: Catalogue
+    queries: Mapping[str, tuple[Floats, Ints]]
+    plays: Mapping[str, frozenset[int]]
+    known: Mapping[str, frozenset[int]]
+    asked: Sequence[str | None]
+    lists: Sequence[Ints]
+    longest: int
+
+
+def load_shelf(settings: PlaylistsConfig, source: str, inputs: RunInputs) -> Shelf:
+    """Read and check the tables that playlists are judged with.
+
+    Args:
+        settings: where they are.
+        source: the example table, with the columns query (text) and items (list of item ids).
+        inputs: the run's inputs.
+
+    Raises:
+        DataError: a table lacks a column, a query has no vector, vectors are of another length than the users', or no
+            test user has held-out plays.
+    """
+    catalogue = load_catalogue(settings.items)
+    if catalogue.dim != inputs.embeddings.dim:
+        raise DataError(
+            f"{settings.items}: expected vectors of {inputs.embeddings.dim} numbers, in the users' space, got "
+            f"{catalogue.dim}; take the table that was prepared with the users' vectors"
+        )
+    held = _column(settings.plays, "user_id", "item_id", "item")
+    new = held.filter(~pl.col("item_id").is_in(catalogue.ids) & pl.col("item").is_not_null())
+    new = new.unique("item_id", keep="first", maintain_order=True)
+    catalogue = dataclasses.replace(
+        catalogue,
+        ids=catalogue.ids + new["item_id"].to_list(),
+        names=catalogue.names + new["item"].to_list(),
+        vectors=np.concatenate([catalogue.vectors, np.zeros((new.height, catalogue.dim), np.float32)]),
+    )
+    plays = _by_user(held, catalogue)
+    users = inputs.keys["user_id"].to_numpy()[inputs.rows("test")]
+    if not any(plays.get(user) for user in np.unique(users)):
+        raise DataError(f"{settings.plays}: expected held-out plays of the test users, got none of any; check user_id")
+    examples = _column(source, "query", "items")
+    lists = [_rows_of(ids or [], catalogue) for ids in examples["items"].to_list()]
+    train = inputs.rows("train")
+    longest = max((len(lists[row]) for row in train), default=0)
+    if not longest:
+        raise DataError(f"{source}: items: expected the item ids of each playlist, got none in training; add them")
+    queries = _queries(settings.queries, catalogue)
+    asked = examples["query"].cast(pl.String).to_list()
+    unknown = next((row for row in (*train, *inputs.rows("test")) if asked[row] not in queries), None)
+    if unknown is not None:
+        raise DataError(f"{source}: row {unknown}: query {asked[unknown]!r} is not in {settings.queries}; add it there")
+    return Shelf(
+        catalogue, queries, plays, _by_user(_column(settings.known, "user_id", "item_id"), catalogue), asked, lists,
+        longest,
+    )  # fmt: skip
+
+
+def _column(source: str, *names: str) -> pl.DataFrame:
+    table = open_table(source)
+    table.require(*(name for name in names if name != "item"))
+    return pl.concat(batch for _, batch in table.batches(names, _ROWS))
+
+
+def _rows_of(ids: Sequence[Any], catalogue: Catalogue) -> Ints:
+    """Rows of items by id, as their names are read back; ids that are not in the catalogue are left out."""
+    rows = [catalogue.rows[str(item)] for item in ids if str(item) in catalogue.rows]
+    return catalogue.read_as[rows] if rows else np.zeros(0, np.int64)
+
+
+def _by_user(plays: pl.DataFrame, catalogue: Catalogue) -> dict[str, frozenset[int]]:
+    grouped = plays.group_by(pl.col("user_id").cast(pl.String)).agg("item_id")
+    return {user: frozenset(_rows_of(items, catalogue).tolist()) for user, items in grouped.iter_rows()}
+
+
+def _queries(source: str, catalogue: Catalogue) -> dict[str, tuple[Floats, Ints]]:
+    table = open_table(source)
+    table.require("query", "embedding", "items")
+    found: dict[str, tuple[Floats, Ints]] = {}
+    for start, batch in table.batches(("query", "embedding", "items"), _ROWS):
+
+        def where(index: int, start: int = start) -> str:
+            return f"{source}: row {start + index}"
+
+        vectors = to_vectors(batch["embedding"], catalogue.dim, where)
+        for query, vector, items in zip(batch["query"].to_list(), vectors, batch["items"].to_list(), strict=True):
+            found[str(query)] = vector, _rows_of(items or [], catalogue)
+    return found
+
+
+def rerank_answers(shelf: Shelf, inputs: RunInputs) -> pl.DataFrame:
+    """The arm without generation: of the items that answer the query and that the user does not know yet, those whose
+    vectors suit his best; in the form of :func:`e2p.evaluation.answers.answer`."""
+    rows = inputs.rows("test")
+    users = inputs.keys["user_id"].to_numpy()[rows]
+    known = [np.array(sorted(shelf.known.get(user, ())), np.int64) for user in users]
+    candidates = [shelf.queries[str(shelf.asked[row])][1] for row in rows]
+    found = rerank(_user_vectors(inputs, rows), shelf.catalogue, candidates, None, known, shelf.longest)
+    texts = [playlist_text([shelf.catalogue.names[item] for item in items]) for items in found]
+    return inputs.keys.select("example_id", "user_id")[rows].with_columns(
+        arm=pl.lit("rerank"),
+        draw=pl.lit(0, pl.Int64),
+        text=pl.Series(texts, dtype=pl.String),
+        cut=pl.lit(False),
+    )
+
+
+def judge_playlists(
+    answers: pl.DataFrame, shelf: Shelf, inputs: RunInputs, seed: int, resamples: int
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Scores of generated playlists in long form, and what there is to know about the judging.
+
+    Metrics, each a mean over an example's draws: ``hit_rate``: share of the named entries that are held-out plays of
+    the user, each counted once; ``engagement``: probability by a classifier that was trained on the training users'
+    labels (only where there are labels), 0 for a list that names no item; ``affinity``: mean cosine of the user's
+    vector with the named items'; ``played``: share of the entries that he ever played; ``invented``: share that is
+    neither an item nor near to one. Of an answer, as many entries count as the longest training playlist has; a last
+    entry that was cut off does not.
+
+    Args:
+        answers: of :func:`e2p.evaluation.answers.answer` and :func:`rerank_answers`, all arms.
+        shelf: what they are judged with.
+        inputs: the run's inputs.
+        seed: of the predictor and the bootstrap.
+        resamples: bootstrap resamples of the users.
+
+    Returns:
+        example_id, user_id, arm, metric, value; and for JSON: ``predictor`` (None without labels), ``readings`` of
+        each arm, ``agreement`` of engagement and hits over the arms, ``longest``.
+    """
+    texts = [_shown(text, cut, shelf.longest) for text, cut in answers.select("text", "cut").iter_rows()]
+    read = read_back(texts, shelf.catalogue)
+    row_of = dict(zip(inputs.keys["example_id"].to_list(), range(len(inputs.keys)), strict=True))
+    rows = np.array([row_of[name] for name in answers["example_id"].to_list()], np.int64)
+    predictor, about = _predictor(shelf, inputs, seed, resamples)
+    frame = answers.select("example_id", "user_id", "arm").with_columns(
+        pl.Series(name, values) for name, values in _measured(read, rows, shelf, inputs, predictor).items()
+    )
+    means = frame.group_by("example_id", "user_id", "arm", maintain_order=True).agg(pl.col(frame.columns[3:]).mean())
+    names = [name for name in METRICS if name in means.columns]
+    scores = means.unpivot(names, index=["example_id", "user_id", "arm"], variable_name="metric")
+    by_arm = means.group_by("arm", maintain_order=True).agg(pl.col(names).mean())
+    arms = answers["arm"].to_numpy()
+    readings = {
+        str(arm): reading([one for one, mine in zip(read, arms == arm, strict=True) if mine])
+        for arm in by_arm["arm"].to_list()
+    }
+    found: dict[str, Any] = {"predictor": about, "readings": readings, "longest": shelf.longest, "agreement": None}
+    if predictor is not None:
+        hits, liked = (dict(by_arm.select("arm", name).iter_rows()) for name in ("hit_rate", "engagement"))
+        found["agreement"] = agreement(liked, hits)
+    return scores, found
+
+
+def _shown(text: str, cut: bool, longest: int) -> str:
+    """The entries that count, one a line."""
+    entries = [part for part in text.replace("\n", ";").split(";") if part.strip()]
+    if cut and entries and not text.rstrip().endswith(";"):
+        entries = entries[:-1]  # half a name
+    return "\n".join(entries[:longest])
+
+
+def _measured(
+    read: Sequence[ReadBack], rows: Ints, shelf: Shelf, inputs: RunInputs, predictor: EngagementPredictor | None
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Metrics of each answer [n]."""
+    users = inputs.keys["user_id"].to_numpy()[rows]
+    vectors = _user_vectors(inputs, rows)
+    found = {name: np.zeros(len(read)) for name in METRICS}
+    for at, (one, user) in enumerate(zip(read, users, strict=True)):
+        items, entries = set(one.items), max(one.entries, 1)
+        held, known = shelf.plays.get(user, frozenset()), shelf.known.get(user, frozenset())
+        found["hit_rate"][at] = len(items & held) / entries
+        found["played"][at] = len(items & (held | known)) / entries
+        found["invented"][at] = one.inventions / entries
+        found["affinity"][at] = affinity(vectors[at], shelf.catalogue.vectors[one.items])
+    if predictor is None:
+        return {name: values for name, values in found.items() if name != "engagement"}
+    named = np.array([at for at, one in enumerate(read) if one.items], np.int64)
+    if len(named):
+        lists = [np.array(read[at].items, np.int64) for at in named]
+        found["engagement"][named] = predictor.predict(_features(shelf, inputs, rows[named], lists))
+    return found
+
+
+def _predictor(
+    shelf: Shelf, inputs: RunInputs, seed: int, resamples: int
+) -> tuple[EngagementPredictor | None, dict[str, Any] | None]:
+    """The classifier, fitted on the training users; its kind chosen on the validation users, judged on the test ones.
+
+    None where the table has no labels, or only one kind of them in a part.
+    """
+    parts = {part: _labelled(shelf, inputs, part) for part in ("train", "validation", "test")}
+    if any(len(set(inputs.labels[rows].tolist())) < 2 for rows in parts.values()):
+        return None, None
+    users = inputs.keys["user_id"].to_list()
+    tables = {
+        part: (
+            _features(shelf, inputs, rows, [shelf.lists[row] for row in rows]),
+            inputs.labels[rows],
+            [users[row] for row in rows],
+        )
+        for part, rows in parts.items()
+    }
+    fitted = [EngagementPredictor.fit(*tables["train"], kind, seed) for kind in ("logistic", "boosting")]
+    chosen = max(fitted, key=lambda one: judge_predictor(one, *tables["validation"], resamples=100, seed=seed)["auc"])
+    judged = judge_predictor(chosen, *tables["test"], resamples=resamples, seed=seed)
+    return chosen, {"kind": chosen.kind, "setting": chosen.setting, **judged}
+
+
+def _labelled(shelf: Shelf, inputs: RunInputs, part: str) -> Ints:
+    """Rows with a label and a playlist that names items."""
+    rows = inputs.all_rows(part)
+    return rows[[inputs.labels[row] >= 0 and len(shelf.lists[row]) > 0 for row in rows]]
+
+
+def _features(shelf: Shelf, inputs: RunInputs, rows: Ints, lists: Sequence[Ints]) -> Floats:
+    """Of the rows' users and queries with these playlists."""
+    nothing = np.zeros(shelf.catalogue.dim, np.float32)
+    queries = np.stack([shelf.queries.get(str(shelf.asked[row]), (nothing, None))[0] for row in rows])
+    return features(_user_vectors(inputs, rows), queries, [shelf.catalogue.vectors[items] for items in lists])
+
+
+def _user_vectors(inputs: RunInputs, rows: Ints) -> Floats:
+    """Each example's own user's vector as of its time [n, D]; zeros without one."""
+    which = inputs.vector_rows[rows]
+    vectors = np.asarray(inputs.embeddings.vectors[np.maximum(which, 0)], np.float32)
+    return np.where(which[:, None] >= 0, vectors, np.float32(0))
