@@ -14,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from seeds import run_seeds, write_results
 
-from e2p.config import BackboneConfig, ObjectiveConfig, ProjectorConfig, RunConfig, TrainingConfig, load_yaml
+from e2p.config import BackboneConfig, ObjectiveConfig, ProjectorConfig, RunConfig, TrainingConfig
+from e2p.config_io import load_yaml
 from e2p.tasks.music import prepare
 
 

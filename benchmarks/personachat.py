@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from seeds import run_seeds, write_results
 
-from e2p.config import BackboneConfig, ProjectorConfig, RunConfig, TrainingConfig, load_yaml
+from e2p.config import BackboneConfig, ProjectorConfig, RunConfig, TrainingConfig
+from e2p.config_io import load_yaml
 from e2p.tasks.personachat import prepare
 from e2p.users.extract import embed
 

@@ -28,7 +28,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from e2p.config import RunConfig, load_yaml
+from e2p.config import RunConfig
+from e2p.config_io import load_yaml
 from e2p.data.sources import cache_root
 from e2p.data.tables import open_embeddings
 from e2p.data.tokenised import tokenise

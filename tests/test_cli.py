@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from e2p.cli import COMMANDS, _parse, main, usage
-from e2p.config import PRESETS, RunConfig, TrainingConfig, load_yaml, preset_path
+from e2p.config import RunConfig, TrainingConfig
+from e2p.config_io import PRESETS, load_yaml, preset_path
 from e2p.evaluation.evaluate import evaluate
 from e2p.model.answer import generate
 from e2p.training.run import train

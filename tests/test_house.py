@@ -18,6 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = (
     "errors",
     "config",
+    "config_io",
     "provenance",
     "device",
     "data",
@@ -147,7 +148,7 @@ import sys
 from importlib import import_module
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] in {EXTRAS} else find(name, *rest)
+PathFinder.find_spec = classmethod(lambda _, name, *rest: None if name.split(".")[0] in {EXTRAS} else find(name, *rest))
 for name in {modules}:
     import_module(name)
 assert not set(sys.modules) & set({EXTRAS})

@@ -9,15 +9,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from e2p.config import (
-    BackboneConfig,
-    DataConfig,
-    EvaluationConfig,
-    ProjectorConfig,
-    RunConfig,
-    TrainingConfig,
-    save_yaml,
-)
+from e2p.config import BackboneConfig, DataConfig, EvaluationConfig, ProjectorConfig, RunConfig, TrainingConfig
+from e2p.config_io import save_yaml
 from e2p.data.tables import write_embeddings
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import text_encoder

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 
-from e2p.config import ARMS, RunConfig
+from e2p.config import MODEL_ARMS, RunConfig
 from e2p.data.tokenised import tokenise
 from e2p.errors import DataError
 from e2p.evaluation.arms import Arm, build_arms, random_rows, score_arm, without_prompt_arms
@@ -43,7 +43,7 @@ class Setting:
             config.data.examples, self.models["e2p"].encoder, Path(str(config.data.cache_dir)), with_profile=True
         )
         self.table = pl.read_parquet(config.data.examples)
-        self.arms = {arm.name: arm for arm in build_arms(ARMS, self.models, self.inputs, self.profiled, 42, 42)}
+        self.arms = {arm.name: arm for arm in build_arms(MODEL_ARMS, self.models, self.inputs, self.profiled, 42, 42)}
         self.scores = {name: self.long(arm) for name, arm in self.arms.items()}
 
     def long(self, arm: Arm) -> dict[str, dict[str, float]]:
@@ -196,7 +196,7 @@ def test_arms_come_in_the_asked_order_and_prompts_need_profiles(setting: Setting
     assert [arm.name for arm in arms] == ["null", "none"]
     with pytest.raises(DataError, match="arm prompt: expected examples with profile texts"):
         build_arms(("prompt",), setting.models, setting.inputs, None, 1, 1)
-    assert without_prompt_arms(ARMS) == tuple(arm for arm in ARMS if "prompt" not in arm)
+    assert without_prompt_arms(MODEL_ARMS) == tuple(arm for arm in MODEL_ARMS if "prompt" not in arm)
 
 
 def test_one_test_user_cannot_be_exchanged(setting: Setting) -> None:

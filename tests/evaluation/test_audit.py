@@ -14,7 +14,8 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from e2p.config import RunConfig, to_dict
+from e2p.config import RunConfig
+from e2p.config_io import to_dict
 from e2p.errors import DataError, RunError
 from e2p.evaluation.audit import Scored, audit, differing, experiments, load_scored
 from e2p.evaluation.metrics import per_example

@@ -12,7 +12,8 @@ import polars as pl
 import pytest
 
 from e2p.cli import main
-from e2p.config import EvaluationConfig, RunConfig, load_yaml, save_yaml, to_dict
+from e2p.config import EvaluationConfig, RunConfig
+from e2p.config_io import load_yaml, save_yaml, to_dict
 from e2p.errors import ConfigError, DataError, RunError
 from e2p.evaluation.audit import audit, load_scored
 from e2p.evaluation.evaluate import evaluate

@@ -14,7 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from e2p.config import ARMS, EvaluationConfig, RunConfig, to_dict
+from e2p.config import MODEL_ARMS, EvaluationConfig, RunConfig
+from e2p.config_io import to_dict
 from e2p.data.tables import write_embeddings
 from e2p.errors import DataError, RunError
 from e2p.evaluation.audit import audit, load_scored
@@ -49,7 +50,7 @@ def test_scores_are_one_row_per_example_arm_and_metric(judged: tuple[RunConfig, 
         "metric": pl.String,
         "value": pl.Float64,
     }
-    assert scores.height == 8 * len(ARMS) * 4
+    assert scores.height == 8 * len(MODEL_ARMS) * 4
     assert not scores.select("example_id", "arm", "metric").is_duplicated().any()
     assert set(scores["metric"]) == {"nll", "tokens", "bytes", "context_tokens"}
     assert set(scores["user_id"]) == {"u16", "u17", "u18", "u19"}
@@ -78,7 +79,7 @@ def test_results_hold_what_the_report_needs(judged: tuple[RunConfig, dict[str, A
     assert json.loads(json.dumps(results)) == load_results(folder)
     assert (results["format"], results["run"], results["task"], results["seed"]) == (2, "run", "tables", 42)
     assert results["config"] == to_dict(config)
-    assert list(results["arms"]) == list(ARMS)
+    assert list(results["arms"]) == list(MODEL_ARMS)
     assert set(results["training"]) == {"e2p", "static", "shuffled"}
     assert results["training"]["e2p"]["steps"] == results["training"]["static"]["steps"]  # the same budget
     assert results["data"]["test"] == 8

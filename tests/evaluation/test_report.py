@@ -19,7 +19,8 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from e2p.config import RunConfig, to_dict
+from e2p.config import RunConfig
+from e2p.config_io import to_dict
 from e2p.errors import MissingExtraError, RunError
 from e2p.evaluation.audit import Scored, audit, write_results
 from e2p.evaluation.breakdowns import gains

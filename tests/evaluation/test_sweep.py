@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from e2p.cli import main
-from e2p.config import RunConfig, to_dict
+from e2p.config import RunConfig
+from e2p.config_io import to_dict
 from e2p.errors import ConfigError
 from e2p.evaluation import sweep as room
 from e2p.evaluation.sweep import SweepConfig, changed_settings, load_sweep, points, run_sweep

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2p.config import load_yaml
+from e2p.config_io import load_yaml
 from e2p.data.tables import example_batches, open_embeddings
 from e2p.errors import ConfigError, DataError, RunError
 from e2p.tasks import music

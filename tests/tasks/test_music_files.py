@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from e2p.config import load_yaml
+from e2p.config_io import load_yaml
 from e2p.errors import ConfigError, DataError
 from e2p.tasks import music
 from e2p.tasks.music_files import clean, find_slices, query_text, read, track_number

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_music import write
 
-from e2p.config import SplitConfig, load_yaml
+from e2p.config import SplitConfig
+from e2p.config_io import load_yaml
 from e2p.data.splits import resolve_splits
 from e2p.data.tables import example_batches, example_keys, open_embeddings
 from e2p.errors import ConfigError, DataError

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from e2p.config import ObjectiveConfig, RunConfig, to_dict
+from e2p.config import ObjectiveConfig, RunConfig
+from e2p.config_io import to_dict
 from e2p.data.batches import epoch_steps
 from e2p.data.sources import cache_root
 from e2p.data.tokenised import TokenisedExamples, tokenise

@@ -20,7 +20,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from e2p.cli import main
-from e2p.config import ProjectorConfig, RunConfig, load_yaml
+from e2p.config import ProjectorConfig, RunConfig
+from e2p.config_io import load_yaml
 from e2p.errors import ConfigError, RunError
 from e2p.model.e2p import E2PModel
 from e2p.training.run import (

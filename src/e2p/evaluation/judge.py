@@ -12,7 +12,8 @@ import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from e2p.config import DataConfig, RunConfig, load_yaml, save_yaml, to_dict
+from e2p.config import DataConfig, RunConfig
+from e2p.config_io import load_yaml, save_yaml, to_dict
 from e2p.data.sources import cache_root
 from e2p.data.tables import content_key, example_batches, write_frame
 from e2p.data.tokenised import TokenisedExamples, tokenise

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import yaml
 from rich.console import Console
 
-from e2p.config import BackboneConfig, RunConfig, from_dict, load_yaml, save_yaml, to_dict
+from e2p.config import BackboneConfig, RunConfig
+from e2p.config_io import from_dict, load_yaml, save_yaml, to_dict
 from e2p.data.batches import Examples
 from e2p.data.tables import content_key
 from e2p.errors import ConfigError, E2PError, RunError

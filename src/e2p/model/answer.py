@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from e2p.config import BackboneConfig, load_yaml
+from e2p.config import BackboneConfig
+from e2p.config_io import load_yaml
 from e2p.data.sources import cache_root
 from e2p.data.tables import EmbeddingTable, open_embeddings
 from e2p.errors import ConfigError, DataError, RunError

@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 import polars as pl
 
-from e2p.config import DataConfig, RunConfig, save_yaml
+from e2p.config import DataConfig, RunConfig
+from e2p.config_io import save_yaml
 from e2p.data.tables import write_embeddings, write_frame
 from e2p.errors import ConfigError, DataError
 from e2p.tasks.output import staged_folder

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from e2p.config import RunConfig, load_yaml, save_yaml, to_dict
+from e2p.config import RunConfig
+from e2p.config_io import load_yaml, save_yaml, to_dict
 from e2p.data.batches import Examples, Ints, steps_per_epoch
 from e2p.data.sources import cache_root
 from e2p.data.splits import SPLITS
