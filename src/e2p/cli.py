@@ -11,7 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from e2p.config import PRESETS, RunConfig, config_parser, from_namespace, load_yaml, preset_path
+from e2p.config import RunConfig
+from e2p.config_io import PRESETS, config_parser, from_namespace, load_yaml, preset_path
 from e2p.errors import ConfigError, E2PError
 
 
@@ -35,6 +36,7 @@ COMMANDS = {
     "sweep": Command("e2p.evaluation.sweep", "sweep", "train and judge many settings, one at a time"),
     "generate": Command("e2p.model.answer", "generate", "answer a prompt for a user"),
     "bench train": Command("e2p.bench.train", "bench", "training speed and memory against PEFT prompt tuning"),
+    "bench kto": Command("e2p.bench.kto", "bench", "the same of training on yes/no labels against TRL's KTOTrainer"),
 }
 BAD_INPUT = 2
 
