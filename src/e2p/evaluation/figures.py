@@ -15,6 +15,7 @@ from e2p.evaluation.curves import draw_sweep as draw_sweep  # so that all pictur
 from e2p.evaluation.figures_space import draw_likeness, draw_space
 from e2p.evaluation.look import ARM_TONES, GREY, INK, TONES, Picture, bar, picture, rows, short
 from e2p.evaluation.metrics import arm_order
+from e2p.evaluation.playlist_report import draw_calibration
 from e2p.evaluation.significance import Comparison
 from e2p.evaluation.tables import Metric
 from e2p.evaluation.tables import perplexity as show_perplexity
@@ -53,7 +54,8 @@ def draw(
     found: list[Picture | None] = [
         draw_differences(comparisons, metric, folder),
         draw_gains(gains, metric, folder, seeds),
-        draw_context(arms, gains, metric, folder),
+        draw_context(costed(results), gains, metric, folder),
+        draw_calibration(results.get("playlists"), folder),
         draw_arms(arms, metric, folder),
         draw_breakdowns(results.get("breakdowns") or [], metric, folder),
         draw_space(results.get("space"), space, folder),
@@ -100,6 +102,8 @@ def draw_gains(gains: Mapping[str, Any], metric: Metric, folder: Path, seeds: in
         f"{f', over {seeds} training seeds' if seeds > 1 else ''}. Right of zero: the user gains; "
         f"that is {float((values > 0).mean()):.0%} of {len(values):,} users."
     )
+    if same := int((values == 0).sum()):
+        caption += f" Grey: no difference for {same:,}."
     return picture(
         folder,
         "gains",
@@ -123,6 +127,16 @@ def draw_context(arms: Mapping[str, Any], gains: Mapping[str, Any], metric: Metr
     return picture(
         folder, "context", "Gain against context", caption, 2.9, lambda figure: _context(figure, found, metric)
     )
+
+
+def costed(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arms with the tokens that they add to a prompt; these stand with the likelihoods, whatever comes first."""
+    costs: dict[str, dict[str, Any]] = {}
+    for section in results.get("other_metrics") or ():
+        for arm, figures in section["arms"].items():
+            if "context_tokens" in figures:
+                costs[arm] = {"context_tokens": figures["context_tokens"]}
+    return {arm: costs.get(arm, {}) | figures for arm, figures in results["arms"].items()}
 
 
 def gains_over_none(arms: Mapping[str, Any], gains: Mapping[str, Any], metric: Metric) -> list[Gain]:
@@ -218,6 +232,9 @@ def _histogram(axes: Any, values: np.ndarray, against: str, metric: Metric) -> N
     counts, edges = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
     colours = [TONES["better"] if left >= -width / 2 else TONES["worse"] for left in edges[:-1]]
     axes.bar(edges[:-1], counts, width * 0.92, align="edge", color=colours)
+    if same := int((values == 0).sum()):  # of a rate, many: neither a gain nor a loss
+        at = min(int(np.searchsorted(edges, 0, "right")) - 1, len(counts) - 1)
+        axes.bar(edges[at], same, width * 0.92, align="edge", color=GREY)
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_ylim(0, counts.max() * 1.18)  # room for the text at the mean
     mean = float(values.mean())

@@ -14,9 +14,10 @@ import yaml
 
 from e2p.errors import DataError, RunError
 from e2p.evaluation.aggregate import p_value, signed
-from e2p.evaluation.figures import LEAD, draw, gains_over_none
+from e2p.evaluation.figures import LEAD, costed, draw, gains_over_none
 from e2p.evaluation.figures_space import SPACE_COLUMNS, likeness_caption, space_caption
 from e2p.evaluation.look import Picture
+from e2p.evaluation.playlist_report import markdown, playlists_of
 from e2p.evaluation.significance import COMPARISONS, Comparison, verdict
 from e2p.evaluation.tables import (
     QUESTIONS,
@@ -78,13 +79,23 @@ def write_report(folder: Path) -> str:
     pictures = draw(results, comparisons, space, folder / "figures")
     view = _view(results, comparisons, pictures)
     texts = {name: _render(name, view) for name in ("report.html", "report.md")}
+    sections = [results, *results["other_metrics"]]
+    if judged := view["playlists"]:
+        # Of the tables, the first; the heading cannot stand in a cell, which is one line.
+        head, mark, tail = texts["report.md"].partition("\n## Comparisons\n")
+        texts["report.md"] = head + markdown(judged, view["calibration"], _cell) + mark + tail
+        readings = results["playlists"].get("readings") or {}
+        sections.append({"metric": {"name": "miss_rate", "better": "lower"}, "arms": readings, "comparisons": []})
     texts["tables.tex"] = latex(
-        comparison_table(comparisons, metric), arm_table(results["arms"], metric), view["title"]
+        comparison_table(comparisons, metric),
+        arm_table(results["arms"], metric),
+        view["title"],
+        judged.table if judged else None,
     )
     for name, text in texts.items():
         # A model's answer may hold half of a character pair, which has no UTF-8.
         (folder / name).write_text(text, encoding="utf-8", errors="replace")
-    write_csv(folder, [results, *results["other_metrics"]], results["seeds"])
+    write_csv(folder, sections, results["seeds"])
     return str(view["verdict"])
 
 
@@ -127,10 +138,11 @@ def load_results(folder: Path) -> dict[str, Any]:
         "breakdowns": lambda: [_breakdown(one, metric) for one in results["breakdowns"]],
         "gains": lambda: (
             [float(gain) for gain in results["gains"].get("by_user") or ()],
-            gains_over_none(results["arms"], results["gains"], metric),
+            gains_over_none(costed(results), results["gains"], metric),
         ),
         "leaks": lambda: leak_table(results["leaks"]),
         "space": lambda: results.get("space") and space_caption(results["space"]),
+        "playlists": lambda: playlists_of(results),
         "prefix": lambda: results.get("prefix") and likeness_caption(results["prefix"]),
     }
     for name, show in shown.items():
@@ -246,7 +258,9 @@ def _view(results: Mapping[str, Any], comparisons: list[Comparison], pictures: l
         "split": _split_of_the_gain(arms, metric),
         "metric": metric,
         "lead": [one for one in pictures if one.name in LEAD],
-        "more": [one for one in pictures if one.name not in LEAD],
+        "more": [one for one in pictures if one.name not in (*LEAD, "calibration")],
+        "playlists": playlists_of(results),
+        "calibration": next((one for one in pictures if one.name == "calibration"), None),
         "samples": [_sample(sample) for sample in results["samples"]],
         "comparisons": comparison_table(comparisons, metric),
         "counts": f"{comparisons[0].examples:,} examples of {comparisons[0].users:,} users" if comparisons else "",
@@ -256,6 +270,7 @@ def _view(results: Mapping[str, Any], comparisons: list[Comparison], pictures: l
         "leaks": leak_table(results["leaks"]) if results["leaks"] else None,
         "likeness": likeness_table(prefix) if prefix.get("users") else None,
         "training": training_table(results["training"]) if results["training"] else None,
+        "units": " and ".join(_units(results["training"])),
         "facts": [
             (str(key).replace("_", " "), plain(value))
             for part in ("data", "extra", "provenance")
@@ -263,6 +278,12 @@ def _view(results: Mapping[str, Any], comparisons: list[Comparison], pictures: l
         ],
         "config": yaml.safe_dump(results["config"], sort_keys=False) if results["config"] else "",
     }
+
+
+def _units(training: Mapping[str, Any]) -> list[str]:
+    """What the validation losses are counted in."""
+    found = [(part.get("validation") or {}).get("unit") or "nats per token" for part in training.values()]
+    return list(dict.fromkeys(found))
 
 
 def _other_metric(one: Mapping[str, Any]) -> tuple[Metric, Table, Table]:
@@ -283,6 +304,8 @@ def _basis(results: Mapping[str, Any]) -> str:
     if arms:
         arm = arms.get("e2p") or next(iter(arms.values()))
         parts += [f"{arm['users']:,} users", f"{arm['examples']:,} test examples"]
+    if (metric := Metric.of(results)).name != "nats_per_token":
+        parts.append(f"judged by {metric.label}, {metric.better} is better")
     if len(seeds) > 1:  # what cannot be averaged is one training's
         parts.append(f"answers, map of the users, prefix and learning curves: {runs[0] if runs else results['run']}")
     return " · ".join(parts if seeds else parts[1:])
@@ -304,7 +327,8 @@ def _tiles(arms: Mapping[str, Any], comparisons: Sequence[Comparison], metric: M
         name, show = ("perplexity", perplexity) if metric.perplexity else (metric.name, "{:.3f}".format)
         value = f"{show(arms['none'][name])} → {show(arms['e2p'][name])}"
         label = "perplexity" if name == "perplexity" else metric.label
-        tiles.append({"label": label, "value": value, "note": "bare model → with the user's vector", "tone": "none"})
+        note = f"bare model → with the user's vector; {metric.better} is better"
+        tiles.append({"label": label, "value": value, "note": note, "tone": "none"})
     return tiles
 
 

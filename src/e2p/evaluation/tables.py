@@ -30,6 +30,9 @@ QUESTIONS = {
 }
 _TONES = {"better": "good", "worse": "bad"}
 _FIGURES = {"perplexity": "perplexity", "nats_per_token": "nats per token", "bits_per_byte": "bits per byte"}
+_SHORT = {"predicted engagement": "engagement", "gain over none, %": "gain, %"} | {
+    f"share {name}": name for name in ("played", "invented")
+}  # in LaTeX, where a page is narrow
 _NOT_IN_LATEX = ("verdict", "perplexity", "p bootstrap", "effect size")
 _LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -195,13 +198,17 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def latex(comparisons: Table, arms: Table, run: str) -> str:
-    """Both tables as LaTeX floats, without the columns that would make them too wide; they need booktabs alone."""
+def latex(comparisons: Table, arms: Table, run: str, playlists: Table | None = None) -> str:
+    """The tables as LaTeX floats, without the columns that would make them too wide; they need booktabs alone."""
     parts = ["% \\usepackage{booktabs}"]
-    for table, label, caption, left_out in (
+    floats: list[tuple[Table, str, str, Sequence[str]]] = [
         (comparisons, "comparisons", f"Differences between arms, {run}.", _NOT_IN_LATEX),
         (arms, "arms", f"Arms, {run}.", ("examples / users",)),
-    ):
+    ]
+    if playlists is not None:
+        shown = playlists._replace(headings=[_SHORT.get(heading, heading) for heading in playlists.headings])
+        floats.append((shown, "playlists", f"Playlists, with gains over the arm none, {run}.", ()))
+    for table, label, caption, left_out in floats:
         kept = [at for at, heading in enumerate(table.headings) if heading not in left_out]
         lines = [" & ".join(escape_latex(cells[at]) for at in kept) + r" \\" for cells in (table.headings, *table.rows)]
         parts += [r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{4pt}"]
