@@ -83,7 +83,7 @@ def loaded(config: RunConfig) -> tuple[Any, RunInputs]:
 
 @pytest.fixture(scope="module")
 def shelf(config: RunConfig, loaded: tuple[Any, RunInputs]) -> Shelf:
-    return load_shelf(config.evaluation.playlists, config.data.examples, loaded[1])
+    return load_shelf(config.evaluation.playlists, config.data.examples, loaded[1], 1, 200)
 
 
 def answers_of(inputs: RunInputs, texts: list[tuple[int, str, bool]], arm: str = "e2p") -> pl.DataFrame:
@@ -109,7 +109,7 @@ def test_hits_affinity_and_inventions_by_hand(shelf: Shelf, loaded: tuple[Any, R
     kind = int(user[1:]) % KINDS
     stranger = NAMES[4 * (1 - kind)]
     text = f"{held[0].upper()} ; {known[0]}"  # the longest training list has two entries
-    scores, about = judge_playlists(answers_of(inputs, [(0, f"{text} ; {held[1]}", False)]), shelf, inputs, 1, 100)
+    scores, about = judge_playlists(answers_of(inputs, [(0, f"{text} ; {held[1]}", False)]), shelf, inputs)
     example = inputs.keys["example_id"][row]
     found = {name: values[example] for name, values in metrics(scores).items()}
     assert (found["hit_rate"], found["played"], found["invented"]) == (0.5, 1.0, 0.0)
@@ -122,7 +122,7 @@ def test_hits_affinity_and_inventions_by_hand(shelf: Shelf, loaded: tuple[Any, R
         ("", False, (0, 0, 0)),
         (" ; ;", True, (0, 0, 0)),
     ):
-        scores, about = judge_playlists(answers_of(inputs, [(0, text, cut)]), shelf, inputs, 1, 100)
+        scores, about = judge_playlists(answers_of(inputs, [(0, text, cut)]), shelf, inputs)
         found = {name: values[example] for name, values in metrics(scores).items()}
         assert (found["hit_rate"], found["played"], found["invented"]) == expected, text
         if not about["readings"]["e2p"]["found"]:
@@ -137,7 +137,7 @@ def test_an_item_that_no_vector_is_known_of_can_be_hit(shelf: Shelf, loaded: tup
     at, row = next(
         (at, row) for at, row in enumerate(inputs.rows("test")) if 7 in shelf.plays[inputs.keys["user_id"][int(row)]]
     )
-    scores, _ = judge_playlists(answers_of(inputs, [(at, NAMES[7], False)]), shelf, inputs, 1, 100)
+    scores, _ = judge_playlists(answers_of(inputs, [(at, NAMES[7], False)]), shelf, inputs)
     found = metrics(scores)
     example = inputs.keys["example_id"][int(row)]
     assert found["hit_rate"][example] == 1
@@ -154,7 +154,7 @@ def test_own_kind_is_liked_by_the_predictor_and_it_ranks_arms_as_plays_do(
         mine.append((at, " ; ".join(shelf.catalogue.names[i] for i in sorted(shelf.plays[user])), False))
         foreign.append((at, " ; ".join(NAMES[4 * (1 - int(user[1:]) % KINDS) :][:2]), False))
     both = pl.concat([answers_of(inputs, mine, "e2p"), answers_of(inputs, foreign, "none")])
-    scores, about = judge_playlists(both, shelf, inputs, 1, 200)
+    scores, about = judge_playlists(both, shelf, inputs)
     means = dict(scores.group_by("arm", "metric").agg(pl.col("value").mean()).select(
         pl.concat_str("arm", "metric", separator=" "), "value").iter_rows())  # fmt: skip
     assert means["e2p hit_rate"] == 1
@@ -172,7 +172,7 @@ def test_draws_are_averaged(shelf: Shelf, loaded: tuple[Any, RunInputs]) -> None
     inputs = loaded[1]
     held = [shelf.catalogue.names[i] for i in shelf.plays[inputs.keys["user_id"][int(inputs.rows("test")[0])]]]
     one, two = (answers_of(inputs, [(0, text, False)]) for text in (held[0], "nobody"))
-    scores, _ = judge_playlists(pl.concat([one, two.with_columns(draw=pl.lit(1, pl.Int64))]), shelf, inputs, 1, 100)
+    scores, _ = judge_playlists(pl.concat([one, two.with_columns(draw=pl.lit(1, pl.Int64))]), shelf, inputs)
     assert list(metrics(scores)["hit_rate"].values()) == [0.5]
 
 
@@ -294,4 +294,4 @@ def test_tables_that_cannot_judge_are_named(
     paths[table] = str(changed)
     source = paths.pop("examples")
     with pytest.raises(DataError, match=message):
-        load_shelf(PlaylistsConfig(**paths), source, loaded[1])
+        load_shelf(PlaylistsConfig(**paths), source, loaded[1], 1, 100)

@@ -222,7 +222,7 @@ ALL = {
 def test_comparisons_equal_their_parts() -> None:
     wide = wide_table(ALL)
     found = compare(wide, resamples=2000, seed=3)
-    assert [(c.name, c.arm, c.against) for c in found] == list(COMPARISONS)
+    assert [(c.name, c.arm, c.against) for c in found] == [entry for entry in COMPARISONS if entry[2] in ALL]
     assert [c.name for c in found[:5]] == [
         "true minus random",
         "true minus static",

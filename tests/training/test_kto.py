@@ -495,6 +495,21 @@ def test_one_completion_for_everybody_is_refused(tmp_path: Path) -> None:
         train(replace(config, objective=KTO))
 
 
+def test_batches_that_share_one_completion_are_fine_while_the_table_has_another(tmp_path: Path) -> None:
+    """Mismatched pairs are drawn from the whole part, not from the batch."""
+    config = labelled(tiny_run(tmp_path))
+    first = pl.int_range(pl.len()).over("split") == 0
+    text = pl.when(first).then(pl.lit("soul home")).otherwise(pl.lit("jazz jazz"))
+    pl.read_parquet(config.data.examples).with_columns(completion=text).write_parquet(config.data.examples)
+    config = replace(with_training(config, max_steps=3), objective=KTO)
+    loaded = inputs_of(config)
+    model, record = train_arm(config, *loaded, "e2p", tmp_path / "out", None)
+    known = load_preferences(loaded[1], model, KTO, config.data.split.seed, 8192, None)
+    rows = loaded[1].all_rows("train")
+    assert set(known.other[rows[1:]]) == {rows[0]}
+    assert all(math.isfinite(entry["loss"]) for entry in record["history"] if "loss" in entry)
+
+
 def test_settings_out_of_range() -> None:
     for change in ({"beta": 0}, {"alpha": -1}, {"desirable_weight": 0}, {"name": "kto", "contrast": 1.0}):
         with pytest.raises(ConfigError, match="objective"):

@@ -16,6 +16,7 @@ import polars as pl
 
 from e2p.errors import DataError, RunError
 from e2p.evaluation.breakdowns import breakdowns, check_covariates, gains
+from e2p.evaluation.engagement import agreement
 from e2p.evaluation.metrics import COLUMNS, audited_metrics, means, metric_of, per_example, summarise
 from e2p.evaluation.significance import RULE, Direction, compare, verdict
 from e2p.provenance import provenance
@@ -117,9 +118,21 @@ def audit(
         "extra": first.about.get("extra") or {},
         "space": first.about.get("space"),
         "prefix": first.about.get("prefix"),
-        "playlists": first.about.get("playlists"),
+        "playlists": _playlists(first.about.get("playlists"), [headline, *others]),
         "warnings": _warnings(seeds),
     }
+
+
+def _playlists(about: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What the judge of playlists has written down, with the arms' agreement over all training seeds."""
+    if not about:
+        return None
+    means = {
+        one["metric"]["name"]: {arm: found[one["metric"]["name"]] for arm, found in one["arms"].items()}
+        for one in metrics
+        if one["metric"]["name"] in ("engagement", "hit_rate")
+    }
+    return dict(about) | ({"agreement": agreement(means["engagement"], means["hit_rate"])} if len(means) == 2 else {})
 
 
 def _of_metric(

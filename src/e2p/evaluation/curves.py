@@ -20,13 +20,20 @@ def draw_learning(training: Mapping[str, Mapping[str, Any]], folder: Path) -> Pi
     """Training and validation loss of every trained arm; None where no history was kept."""
     if not any(part.get("history") for part in training.values()):
         return None
+    unit = unit_of(training)
     caption = (
-        "Training loss (faint) and validation loss (points; the best is ringed), nats per token. "
+        f"Training loss (faint) and validation loss (points; the best is ringed), {unit}. "
         "Dashed: the frozen model without prefix on the same validation data."
     )
     return picture(
-        folder, "learning", "Learning curves", caption, 3.0, lambda figure: _losses(figure.subplots(), training)
+        folder, "learning", "Learning curves", caption, 3.0, lambda figure: _losses(figure.subplots(), training, unit)
     )
+
+
+def unit_of(training: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the losses of a run's trainings are counted in."""
+    units = [(part.get("validation") or {}).get("unit") for part in training.values()]
+    return next((str(unit) for unit in units if unit), "nats per token")
 
 
 def draw_sweep(key: str, points: Sequence[Mapping[str, Any]], folder: Path) -> Picture:
@@ -95,7 +102,7 @@ def draw_sweep(key: str, points: Sequence[Mapping[str, Any]], folder: Path) -> P
     return picture(folder, name, short(key, 60), caption, (4.0 if user else 2.7) + slant, paint)
 
 
-def _losses(axes: Any, training: Mapping[str, Mapping[str, Any]]) -> None:
+def _losses(axes: Any, training: Mapping[str, Mapping[str, Any]], unit: str) -> None:
     shown: list[float] = []
     for arm in arm_order(training):
         history = training[arm].get("history") or []
@@ -118,7 +125,7 @@ def _losses(axes: Any, training: Mapping[str, Mapping[str, Any]]) -> None:
         axes.set_ylim(min(shown) - room, max(shown) + room)
     axes.set_xlabel("optimiser step")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel(unit)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, fontsize=8.5)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,11 @@ def score(
     extra: Mapping[str, Any] | None = None,
     allow_leaks: bool = False,
     backbone: FrozenBackbone | None = None,
+    shelf: Shelf | None = None,
 ) -> None:
     """Train a run's missing controls and score its arms; writes ``scores.parquet``, ``covariates.parquet`` and, last,
     ``scored.json``: training records, samples, leak checks and warnings. Arguments as of :func:`judge`; ``backbone``
-    is the run's, if it is loaded already.
+    and ``shelf`` are the run's, if they are loaded already.
 
     Raises:
         RunError: the folder holds no finished training, or was trained on other tables.
@@ -105,8 +107,7 @@ def score(
     require_tests(inputs.keys["user_id"].to_numpy()[inputs.rows("test")])
     leaks = [dataclasses.asdict(check) for check in check_leaks(inputs, config.data.examples)]
     refuse_leaks(folder, leaks, allow_leaks)
-    tables_of = config.evaluation.playlists
-    shelf = load_shelf(tables_of, config.data.examples, inputs) if tables_of.items else None
+    shelf = shelf or _shelf(config, inputs, console)
     names, profiled, warnings = _possible_arms(config, e2p, inputs)
     models = {"e2p": e2p}
     for arm in ("static", "shuffled"):
@@ -181,7 +182,16 @@ def _playlists(
         answers.append(rerank_answers(shelf, inputs))
     together = pl.concat(answers)
     write_frame(folder / ANSWERS, together)
-    return judge_playlists(together, shelf, inputs, seed, config.evaluation.resamples)
+    return judge_playlists(together, shelf, inputs)
+
+
+def _shelf(config: RunConfig, inputs: RunInputs, console: Console | None) -> Shelf | None:
+    """What playlists are judged with, where they are."""
+    judged, tables = config.evaluation, config.evaluation.playlists
+    if not tables.items:
+        return None
+    with console.status("fitting the engagement predictor") if console else nullcontext():
+        return load_shelf(tables, config.data.examples, inputs, judged.seed, judged.resamples)
 
 
 def _headline(config: RunConfig, scores: pl.DataFrame) -> str:
@@ -269,13 +279,14 @@ def score_seeds(
         for arm in ("e2p", "static", "shuffled"):
             if _trained(arm_folder(folder, arm)):
                 check_inputs(folder, arm, inputs)
+    shelf = _shelf(config, inputs, console)
     for seed, folder in left.items():
         if not _trained(folder):
             one, started = with_seed(config, seed, str(folder)), (folder / "config.yaml").is_file()
             if not started:
                 prepare_folder(one, overwrite=False, resume=False)
             train_arm(one, backbone, inputs, "e2p", folder, console, resume=started)
-        score(folder, console, None, allow_leaks, backbone)
+        score(folder, console, None, allow_leaks, backbone, shelf)
     return list(folders.values())
 
 

@@ -42,6 +42,8 @@ class Shelf:
         asked: query of each example, or None.
         lists: rows of each example's playlist, empty where the table does not say.
         longest: items of the longest playlist in training; of a longer answer, the first so many count.
+        predictor: of engagement, fitted on the training users, and what there is to know about it; None without
+            labels.
     """
 
     catalogue: Catalogue
@@ -51,15 +53,18 @@ class Shelf:
     asked: Sequence[str | None]
     lists: Sequence[Ints]
     longest: int
+    predictor: tuple[EngagementPredictor, dict[str, Any]] | None = None
 
 
-def load_shelf(settings: PlaylistsConfig, source: str, inputs: RunInputs) -> Shelf:
-    """Read and check the tables that playlists are judged with.
+def load_shelf(settings: PlaylistsConfig, source: str, inputs: RunInputs, seed: int, resamples: int) -> Shelf:
+    """Read and check the tables that playlists are judged with, and fit the engagement predictor on the training users.
 
     Args:
         settings: where they are.
         source: the example table, with the columns query (text) and items (list of item ids).
         inputs: the run's inputs.
+        seed: of the predictor and of the bootstrap.
+        resamples: bootstrap resamples of the users, for the predictor's AUC.
 
     Raises:
         DataError: a table lacks a column, a query has no vector, vectors are of another length than the users', or no
@@ -95,10 +100,9 @@ def load_shelf(settings: PlaylistsConfig, source: str, inputs: RunInputs) -> She
     unknown = next((row for row in (*train, *inputs.rows("test")) if asked[row] not in queries), None)
     if unknown is not None:
         raise DataError(f"{source}: row {unknown}: query {asked[unknown]!r} is not in {settings.queries}; add it there")
-    return Shelf(
-        catalogue, queries, plays, _by_user(_column(settings.known, "user_id", "item_id"), catalogue), asked, lists,
-        longest,
-    )  # fmt: skip
+    known = _by_user(_column(settings.known, "user_id", "item_id"), catalogue)
+    shelf = Shelf(catalogue, queries, plays, known, asked, lists, longest)
+    return dataclasses.replace(shelf, predictor=_predictor(shelf, inputs, seed, resamples))
 
 
 def _column(source: str, *names: str) -> pl.DataFrame:
@@ -150,9 +154,7 @@ def rerank_answers(shelf: Shelf, inputs: RunInputs) -> pl.DataFrame:
     )
 
 
-def judge_playlists(
-    answers: pl.DataFrame, shelf: Shelf, inputs: RunInputs, seed: int, resamples: int
-) -> tuple[pl.DataFrame, dict[str, Any]]:
+def judge_playlists(answers: pl.DataFrame, shelf: Shelf, inputs: RunInputs) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Scores of generated playlists in long form, and what there is to know about the judging.
 
     Metrics, each a mean over an example's draws: ``hit_rate``: share of the named entries that are held-out plays of
@@ -166,8 +168,6 @@ def judge_playlists(
         answers: of :func:`e2p.evaluation.answers.answer` and :func:`rerank_answers`, all arms.
         shelf: what they are judged with.
         inputs: the run's inputs.
-        seed: of the predictor and the bootstrap.
-        resamples: bootstrap resamples of the users.
 
     Returns:
         example_id, user_id, arm, metric, value; and for JSON: ``predictor`` (None without labels), ``readings`` of
@@ -177,7 +177,7 @@ def judge_playlists(
     read = read_back(texts, shelf.catalogue)
     row_of = dict(zip(inputs.keys["example_id"].to_list(), range(len(inputs.keys)), strict=True))
     rows = np.array([row_of[name] for name in answers["example_id"].to_list()], np.int64)
-    predictor, about = _predictor(shelf, inputs, seed, resamples)
+    predictor, about = shelf.predictor or (None, None)
     frame = answers.select("example_id", "user_id", "arm").with_columns(
         pl.Series(name, values) for name, values in _measured(read, rows, shelf, inputs, predictor).items()
     )
@@ -230,14 +230,14 @@ def _measured(
 
 def _predictor(
     shelf: Shelf, inputs: RunInputs, seed: int, resamples: int
-) -> tuple[EngagementPredictor | None, dict[str, Any] | None]:
+) -> tuple[EngagementPredictor, dict[str, Any]] | None:
     """The classifier, fitted on the training users; its kind chosen on the validation users, judged on the test ones.
 
     None where the table has no labels, or only one kind of them in a part.
     """
     parts = {part: _labelled(shelf, inputs, part) for part in ("train", "validation", "test")}
     if any(len(set(inputs.labels[rows].tolist())) < 2 for rows in parts.values()):
-        return None, None
+        return None
     users = inputs.keys["user_id"].to_list()
     tables = {
         part: (

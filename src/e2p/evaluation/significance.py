@@ -29,6 +29,7 @@ COMPARISONS = (
     ("true minus shuffled", "e2p", "shuffled"),
     ("true minus none", "e2p", "none"),
     ("e2p+prompt minus prompt", "e2p+prompt", "prompt"),
+    ("true minus rerank", "e2p", "rerank"),
     ("true minus null", "e2p", "null"),
     ("true minus prompt", "e2p", "prompt"),
     ("static minus none", "static", "none"),
