@@ -25,16 +25,22 @@ from e2p.provenance import provenance
 from e2p.tasks.music import prepare
 from e2p.training.run import train
 
-KTO = ("none", "static", "random", "shuffled", "e2p", "rerank")
-FEWER = ("none", "static", "random", "e2p")
-ARMS = {"kto": KTO, "lm": FEWER, "engagement": FEWER}
+# What does not depend on the objective is judged once.
+ARMS = {
+    "kto": ("none", "static", "random", "shuffled", "e2p", "rerank"),
+    "lm": ("static", "random", "e2p"),
+    "engagement": ("random", "e2p"),
+}
 # The best of a few that were tried on the validation listeners (docs/findings.md).
 OBJECTIVES = {
     "lm": (ObjectiveConfig(), TrainingConfig(epochs=2, batch_size=32, learning_rate=1e-2, weight_decay=0.3)),
-    "kto": (ObjectiveConfig(name="kto"), TrainingConfig(epochs=1, learning_rate=1e-2, weight_decay=0.1)),
+    "kto": (
+        ObjectiveConfig(name="kto"),
+        TrainingConfig(epochs=1, batch_size=32, learning_rate=1e-2, weight_decay=0.1),
+    ),
     "engagement": (
         ObjectiveConfig(name="engagement", per_token=True),
-        TrainingConfig(epochs=1, learning_rate=1e-2, weight_decay=0.1),
+        TrainingConfig(epochs=1, batch_size=32, learning_rate=1e-2, weight_decay=0.1),
     ),
 }
 
@@ -58,7 +64,7 @@ def settings(tables: Path, backbone: str, objective: str, output: Path) -> RunCo
         objective=chosen,
         training=replace(budget, tokens_per_pass=2048),
         evaluation=EvaluationConfig(
-            arms=ARMS[objective], playlists=replace(config.evaluation.playlists, **at, answers=2)
+            arms=ARMS[objective], max_new_tokens=32, playlists=replace(config.evaluation.playlists, **at)
         ),
         output=str(output),
     )
@@ -105,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     tables = options.work / "tables"
     if not tables.exists():
-        prepare(options.data, str(tables), "kto", per_user=8)
+        prepare(options.data, str(tables), "kto", per_user=6)
     runs = {name: options.work / name for name in ARMS}
     for name in options.only or ARMS:
         config = settings(tables, options.backbone, name, runs[name])

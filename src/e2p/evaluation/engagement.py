@@ -26,7 +26,7 @@ BLOCKS = 4  # of D columns: user, query, mean of the tracks, user times mean
 SCALARS = 6  # see features()
 # What is chosen by folds of users: the inverse strength C of the penalty, or the number of trees.
 GRID: dict[Kind, tuple[float, ...]] = {"logistic": (1e-4, 1e-3, 1e-2, 1e-1, 1.0), "boosting": (30, 100)}
-FOLDS = 5
+FOLDS = 3
 BINS = 10
 
 
