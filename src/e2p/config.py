@@ -158,6 +158,8 @@ class ObjectiveConfig:
         desirable_weight: kto: weight of engaged rows.
         undesirable_weight: kto: weight of rows that are not engaged.
         balance: kto: ``auto`` multiplies both weights so that the two kinds count alike, whatever their shares.
+        likelihood: kto: weight of the engaged completions' negative log-likelihood per token beside it, so that the
+            model also learns to write them and not only to tell them apart. 0: as published.
         alpha: engagement: weight of rows that are not engaged.
         per_token: kto, engagement: a completion's likelihood is its tokens' geometric mean and not their product.
         contrast: lm: weight of the contrastive term: the completion shall be likelier with its own user's vector than
@@ -172,6 +174,7 @@ class ObjectiveConfig:
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     balance: Literal["auto", "none"] = "auto"
+    likelihood: float = 0.0
     alpha: float = 1.0
     per_token: bool = False
     contrast: float = 0.0
@@ -181,7 +184,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("beta", "desirable_weight", "undesirable_weight", "contrast_margin"):
             _require(getattr(self, name) > 0, f"objective.{name}", "a number > 0", getattr(self, name))
-        for name in ("alpha", "contrast", "distill"):
+        for name in ("alpha", "likelihood", "contrast", "distill"):
             _require(getattr(self, name) >= 0, f"objective.{name}", "a number >= 0", getattr(self, name))
         both = self.contrast > 0 and self.distill > 0
         _require(not both, "objective", "one of contrast and distill", (self.contrast, self.distill))

@@ -184,8 +184,12 @@ class Engagement:
         if self.settings.name == "engagement":
             return engagement_losses(found / lengths, engaged, self.settings.alpha)
         reference = torch.from_numpy(self.known.reference[rows]).to(found.device)
-        beta = self.settings.beta
-        return kto_losses(found / lengths, reference / lengths, engaged, baseline.to(found.device), beta, self.weights)
+        beta, weight = self.settings.beta, self.settings.likelihood
+        losses = kto_losses(found / lengths, reference / lengths, engaged, baseline.to(found.device), beta, self.weights)
+        if weight:
+            tokens = torch.from_numpy(examples.tokens.completion_lengths[rows]).to(found.device)
+            losses = losses - weight * torch.where(engaged, found / tokens, 0)
+        return losses
 
     def mean_loss(
         self, model: E2PModel, examples: Examples, budget: int, use_prefix: bool, rank: int, world: int, sums: Sum
