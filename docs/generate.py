@@ -203,6 +203,100 @@ def why_table() -> str:
     return "\n".join(lines)
 
 
+MUSIC = {
+    "none": "none",
+    "static": "static, kto",
+    "random": "random, kto",
+    "shuffled": "shuffled, kto",
+    "e2p": "**E2P, kto**",
+    "static lm": "static, lm",
+    "e2p lm": "**E2P, lm**",
+    "e2p engagement": "**E2P, Eq. 5**",
+    "rerank": "rerank (no language model)",
+}
+
+
+def music_table() -> str:
+    """docs/findings.md's tables from results/music.json: the paper's one, and what differs for certain."""
+    file = ROOT / "results" / "music.json"
+    if not file.exists():
+        return ""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    whole = content["together"]
+    metrics = {one["metric"]["name"]: one for one in (whole, *whole["other_metrics"])}
+    lines = [
+        "| arm | hit rate | predicted engagement | gain over none | affinity | gain over none | invented | AUC |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, title in MUSIC.items():
+        hit = metrics["hit_rate"]["arms"][arm]
+        cells = [title, f"{hit['hit_rate']:.3f} {interval(hit['hit_rate_ci'], lambda x: f'{x:.3f}')}"]
+        for name in ("engagement", "affinity"):
+            mean, none = (metrics[name]["arms"][of][name] for of in (arm, "none"))
+            cells += [f"{mean:.3f}", "" if arm == "none" else f"{100 * (mean / none - 1):+.0f}%".replace("-", "−")]
+        cells.append(f"{metrics['invented']['arms'][arm]['invented']:.2f}")
+        auc = metrics["auc"]["arms"].get(arm)
+        cells.append("" if auc is None else f"{auc['auc']:.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| difference | hit rate | predicted engagement | AUC |", "|---|---|---|---|"]
+    rows = [(f"kto: {row['name']}", whole, row["name"]) for row in metrics["hit_rate"]["comparisons"]]
+    rows += [(f"{name}: {of}", content["experiments"][name], of) for name in ("lm", "engagement")
+             for of in ("true minus random", "true minus static")]  # fmt: skip
+    for title, found, of in rows:
+        cells = []
+        for metric in ("hit_rate", "engagement", "auc"):
+            tested = next(one for one in (found, *found["other_metrics"]) if one["metric"]["name"] == metric)
+            row = next((row for row in tested["comparisons"] if row["name"] == of), None)
+            cells.append("" if row is None else f"{signed(row['difference'])} {interval(row['ci'], signed)}, p "
+                         f"{_p(row['p_holm'])}")  # fmt: skip
+        if any(cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    predictor, agreed = whole["playlists"]["predictor"], whole["playlists"]["agreement"]
+    made, seeds = whole["provenance"], ", ".join(map(str, whole["seeds"]))
+    first = whole["comparisons"][0]
+    low, high = predictor["auc_ci"]
+    lines += [
+        "",
+        f"{first['examples']:,} requests of {first['users']} test listeners, seeds {seeds}. The engagement predictor "
+        f"({predictor['kind']}) has AUC {predictor['auc']:.3f} [{low:.3f}, {high:.3f}] on test listeners, "
+        f"{predictor['auc_user']:.3f} by the listener's vector alone. It ranks {agreed['in_order']} of "
+        f"{agreed['pairs']} pairs of arms as the held-out plays do (Kendall {agreed['kendall']:.2f}).",
+        "",
+        f"`python {content['provenance']['command']}`, commit {str(made['commit'])[:10]}, {hardware(made)}: "
+        "[results/music.json](../results/music.json).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def kto_speed_table() -> str:
+    """docs/speed.md's table from results/bench_kto.json: ratios to TRL within a round, least, median, most."""
+    file = ROOT / "results" / "bench_kto.json"
+    if not file.exists():
+        return ""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        "| precision | side | examples/s | speed against `trl` | against `trl_precomputed` |",
+        "|---|---|---|---|---|",
+    ]
+    for table in content["tables"]:
+        for side, found in table["sides"].items():
+            ratios = [table["ratios"].get(f"{side} to {base}") for base in ("trl", "trl_precomputed")]
+            cells = ["" if ratio is None else _spread(ratio["speed"]) for ratio in ratios]
+            lines.append(
+                f"| {table['precision']} | `{side}` | {found['examples_per_second']:.0f} | {' | '.join(cells)} |"
+            )
+    made = content["provenance"]
+    lines += [
+        "",
+        f"`{made['command']}`, commit {str(made['commit'])[:10]}, {hardware(made)}, {content['threads']} thread(s), "
+        f"batch {content['batch_size']}, {content['rounds']} rounds: "
+        "[results/bench_kto.json](../results/bench_kto.json).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def _difference(row: dict[str, Any]) -> str:
     return f"{signed(row['difference'])} {interval(row['ci'])}, p {_p(row['p'])}"
 
@@ -280,8 +374,9 @@ def pages() -> dict[Path, str]:
             objectives=sweep_tables("objectives"),
             ablations=sweep_tables("ablations"),
             why=why_table(),
+            music=music_table(),
         ),
-        docs / "speed.md": filled(docs / "speed.md", speed=speed_table(), aims=aims_table()),
+        docs / "speed.md": filled(docs / "speed.md", speed=speed_table(), aims=aims_table(), kto=kto_speed_table()),
     }
 
 

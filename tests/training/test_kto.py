@@ -327,7 +327,7 @@ def test_references_are_computed_once_for_one_frozen_model(
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", [KTO, EQ5])
+@pytest.mark.parametrize("objective", [KTO, EQ5, replace(KTO, likelihood=0.4)])
 def test_a_step_is_what_a_loop_over_examples_gives_and_passes_change_nothing(
     base: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path, objective: ObjectiveConfig
 ) -> None:
@@ -352,6 +352,7 @@ def test_a_step_is_what_a_loop_over_examples_gives_and_passes_change_nothing(
         if objective.name == "kto":
             value = objective.beta * (own - float(known.reference[row]) - max(z0, 0.0)) * (1 if yes else -1)
             total += 1 - 1 / (1 + math.exp(-value))
+            total -= objective.likelihood * own / len(inputs.tokens[int(row)].completion) * yes
         else:
             p = math.exp(own / len(inputs.tokens[int(row)].completion))
             total -= math.log(p) if yes else objective.alpha * math.log1p(-p)

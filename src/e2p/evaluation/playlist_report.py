@@ -166,7 +166,10 @@ def _reading(found: Mapping[str, Any]) -> Sequence[str]:
         f"items, {total['duplicates']:,} repetitions, {total['inventions']:,} inventions."
     )
     empty = [f"{arm} {readings[arm]['empty']:,}" for arm in arm_order(readings) if readings[arm]["empty"]]
-    return [text + (f" Answers without an entry: {', '.join(empty)}." if empty else "")]
+    texts = [text + (f" Answers without an entry: {', '.join(empty)}." if empty else "")]
+    if unknown := found.get("users_without_plays"):
+        texts.append(f"Test users without held-out plays, whose hit rate is 0 in every arm: {unknown:,}.")
+    return texts
 
 
 def _number(value: float | None) -> str:

@@ -171,7 +171,8 @@ def judge_playlists(answers: pl.DataFrame, shelf: Shelf, inputs: RunInputs) -> t
 
     Returns:
         example_id, user_id, arm, metric, value; and for JSON: ``predictor`` (None without labels), ``readings`` of
-        each arm, ``agreement`` of engagement and hits over the arms, ``longest``.
+        each arm, ``agreement`` of engagement and hits over the arms, ``longest``,
+        ``users_without_plays``: test users whose every hit rate is 0.
     """
     texts = [_shown(text, cut, shelf.longest) for text, cut in answers.select("text", "cut").iter_rows()]
     read = read_back(texts, shelf.catalogue)
@@ -190,7 +191,13 @@ def judge_playlists(answers: pl.DataFrame, shelf: Shelf, inputs: RunInputs) -> t
         str(arm): reading([one for one, mine in zip(read, arms == arm, strict=True) if mine])
         for arm in by_arm["arm"].to_list()
     }
-    found: dict[str, Any] = {"predictor": about, "readings": readings, "longest": shelf.longest, "agreement": None}
+    found: dict[str, Any] = {
+        "predictor": about,
+        "readings": readings,
+        "longest": shelf.longest,
+        "users_without_plays": sum(not shelf.plays.get(user) for user in set(answers["user_id"].to_list())),
+        "agreement": None,
+    }
     if predictor is not None:
         hits, liked = (dict(by_arm.select("arm", name).iter_rows()) for name in ("hit_rate", "engagement"))
         found["agreement"] = agreement(liked, hits)

@@ -185,7 +185,8 @@ class Engagement:
             return engagement_losses(found / lengths, engaged, self.settings.alpha)
         reference = torch.from_numpy(self.known.reference[rows]).to(found.device)
         beta, weight = self.settings.beta, self.settings.likelihood
-        losses = kto_losses(found / lengths, reference / lengths, engaged, baseline.to(found.device), beta, self.weights)
+        gain = found / lengths, reference / lengths
+        losses = kto_losses(*gain, engaged, baseline.to(found.device), beta, self.weights)
         if weight:
             tokens = torch.from_numpy(examples.tokens.completion_lengths[rows]).to(found.device)
             losses = losses - weight * torch.where(engaged, found / tokens, 0)

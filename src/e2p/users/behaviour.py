@@ -23,7 +23,7 @@ Floats = npt.NDArray[np.float32]
 _EVERY = {"day": "1d", "week": "1w", "month": "1mo"}
 _ROWS = 262_144
 # What a setting is where none is given: regularization and iterations.
-_OWN = {"als": (0.01, 15), "bpr": (0.01, 15), "lightgcn": (1e-4, 100)}
+_OWN = {"als": (0.01, 15), "bpr": (0.01, 100), "lightgcn": (1e-4, 100)}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def behaviour(
             are of its end; later ones are folded into the same space, so that what was trained on it stays valid.
         regularization: of the factors; not given: 0.01, lightgcn 0.0001.
         alpha: als: how much an interaction of weight 1 counts beyond none.
-        iterations: passes over the interactions; not given: 15, lightgcn 100.
+        iterations: passes over the interactions; not given: als 15, else 100.
         layers: lightgcn: a vector takes in those of users and items up to this many links away.
         learning_rate: lightgcn: of Adam.
         seed: seed of the start.
