@@ -36,7 +36,7 @@ OBJECTIVES = {
     "lm": (ObjectiveConfig(), TrainingConfig(epochs=2, batch_size=32, learning_rate=1e-2, weight_decay=0.3)),
     "kto": (
         ObjectiveConfig(name="kto"),
-        TrainingConfig(epochs=1, batch_size=32, learning_rate=1e-2, weight_decay=0.1),
+        TrainingConfig(epochs=1, batch_size=64, learning_rate=1e-2, weight_decay=0.1),
     ),
     "engagement": (
         ObjectiveConfig(name="engagement", per_token=True),
