@@ -33,7 +33,7 @@ ORDER = (
     "cli",
 )
 EXTRAS = ("scipy", "sklearn", "matplotlib", "implicit", "rapidfuzz", "torch_geometric", "sentence_transformers")
-EXTRAS += ("peft", "trl", "datasets", "tensorboard")
+EXTRAS += ("peft", "trl", "datasets", "tensorboard", "faiss")
 HEAVY = ("torch", "transformers", "polars", "numpy", "pyarrow", "rich", "jinja2", "accelerate")
 
 
