@@ -19,11 +19,16 @@ from rich.console import Console
 
 from e2p.config import BackboneConfig, EvaluationConfig, ObjectiveConfig, ProjectorConfig, RunConfig, TrainingConfig
 from e2p.config_io import load_yaml
-from e2p.evaluation.audit import Scored, audit, load_scored
+from e2p.evaluation.answers import open_shelf
+from e2p.evaluation.audit import ANSWERS, Scored, audit, load_scored
 from e2p.evaluation.evaluate import evaluate
+from e2p.evaluation.playlists import METRICS, judge_playlists
+from e2p.model.backbone import FrozenBackbone
+from e2p.model.e2p import text_encoder
 from e2p.provenance import provenance
 from e2p.tasks.music import prepare
-from e2p.training.run import train
+from e2p.training.inputs import load_inputs
+from e2p.training.run import train, with_seed
 
 # What does not depend on the objective is judged once.
 ARMS = {
@@ -70,15 +75,36 @@ def settings(tables: Path, backbone: str, objective: str, output: Path) -> RunCo
     )
 
 
-def together(runs: dict[str, Path]) -> list[Scored]:
-    """The scores of the kto run with the other objectives' own users beside them, seed by seed."""
-    scored = {name: {one.seed: one for path in seeds(run) for one in load_scored(path)} for name, run in runs.items()}
+def judged_again(run: Path) -> list[Scored]:
+    """A run's seeds with their playlists judged by this commit, from the answers that were kept."""
+    config = load_yaml(run / "config.yaml")
+    backbone = FrozenBackbone.load(config.backbone, config.training.precision)
+    encoder = text_encoder(backbone, config.data, config.projector.prefix_tokens)
+    inputs = load_inputs(config.data, encoder, config.projector.position)
+    shelf = open_shelf(config, inputs, None)
+    assert shelf is not None
     found = []
-    for seed, one in scored["kto"].items():
+    for folder in seeds(run):
+        (one,) = load_scored(folder)
+        scores, about = judge_playlists(pl.read_parquet(folder / ANSWERS), shelf, inputs)
+        others = one.scores.filter(~pl.col("metric").is_in([*METRICS, "played"]))
+        again = dict(one.about) | {"playlists": about}
+        found.append(replace(one, scores=pl.concat([others, scores.select(others.columns)]), about=again))
+    return found
+
+
+def together(runs: dict[str, list[Scored]]) -> list[Scored]:
+    """The scores of the kto run with the other objectives' own users beside them, seed by seed.
+
+    The static control is lm's: labels that are balanced text by text teach a token that knows no user nothing.
+    """
+    by_seed = {name: {one.seed: one for one in scored} for name, scored in runs.items()}
+    found = []
+    for seed, one in by_seed["kto"].items():
         parts = [one.scores]
         for name in ("lm", "engagement"):
-            own = scored[name][seed].scores.filter(pl.col("arm").is_in(["e2p", "static"]))
-            parts.append(own.with_columns(arm=pl.col("arm") + f" {name}"))
+            own = by_seed[name][seed].scores.filter(pl.col("arm").is_in(["e2p", "static"]))
+            parts.append(own.with_columns(arm=pl.col("arm").replace({"e2p": f"e2p {name}"})))
         found.append(Scored("music", pl.concat(parts), seed, one.covariates, one.about))
     return found
 
@@ -90,8 +116,8 @@ def seeds(run: Path) -> list[Path]:
 
 def shown(results: dict[str, Any]) -> dict[str, Any]:
     """What of an audit the committed file keeps."""
-    parts = ("seeds", "metric", "arms", "comparisons", "verdict", "other_metrics", "leaks", "warnings", "samples",
-             "playlists", "data")  # fmt: skip
+    parts = ("config", "seeds", "metric", "arms", "comparisons", "verdict", "other_metrics", "leaks", "warnings",
+             "samples", "playlists", "data")  # fmt: skip
     training = {
         arm: {key: value for key, value in record.items() if key not in ("history", "provenance")}
         for arm, record in results["training"].items()
@@ -120,20 +146,23 @@ def main() -> None:
         evaluate([str(runs[name])], tuple(options.seeds))
     if options.only:
         return
-    scored = together(runs)
-    made = {(one.about["provenance"]["commit"], one.about["provenance"]["dirty"]) for one in scored}
-    if len(made) > 1 or any(dirty for _, dirty in made):
-        raise SystemExit(f"expected runs of one commit without changes, got {made}; delete the older and run again")
+    for name, run in runs.items():
+        for folder in seeds(run):
+            own, wanted = load_yaml(folder / "config.yaml"), settings(tables, options.backbone, name, folder)
+            if own != with_seed(wanted, own.training.seed, str(folder)):
+                raise SystemExit(f"{folder}: was run with other settings; delete it and run again")
+    scored = {name: judged_again(run) for name, run in runs.items()}
+    changed = [one.source for found in scored.values() for one in found if one.about["provenance"]["dirty"]]
+    if changed:
+        raise SystemExit(f"expected runs of commits without changes, got {', '.join(changed)}; run them again")
     content = {
         "about": "Playlists by request; engaged: held-out plays; not engaged: another listener's; split by listener.",
         "provenance": provenance(),
-        "together": shown(audit(scored)),
-        "experiments": {
-            name: shown(json.loads((run / "results.json").read_text(encoding="utf-8"))) for name, run in runs.items()
-        },
-        "playlists": {
-            name: [one.about["playlists"] for path in seeds(run) for one in load_scored(path)]
-            for name, run in runs.items()
+        "commits": sorted({one.about["provenance"]["commit"] for found in scored.values() for one in found}),
+        "together": shown(audit(together(scored))),
+        "experiments": {name: shown(audit(found)) for name, found in scored.items()},
+        "readings": {
+            name: {one.seed: one.about["playlists"]["readings"] for one in found} for name, found in scored.items()
         },
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -205,11 +205,10 @@ def why_table() -> str:
 
 MUSIC = {
     "none": "none",
-    "static": "static, kto",
+    "static": "static, lm",
     "random": "random, kto",
     "shuffled": "shuffled, kto",
     "e2p": "**E2P, kto**",
-    "static lm": "static, lm",
     "e2p lm": "**E2P, lm**",
     "e2p engagement": "**E2P, Eq. 5**",
     "rerank": "rerank (no language model)",
@@ -225,8 +224,9 @@ def music_table() -> str:
     whole = content["together"]
     metrics = {one["metric"]["name"]: one for one in (whole, *whole["other_metrics"])}
     lines = [
-        "| arm | hit rate | predicted engagement | gain over none | affinity | gain over none | invented | AUC |",
-        "|---|---|---|---|---|---|---|---|",
+        "| arm | hit rate | predicted engagement | gain over none | affinity | gain over none | on request | known | "
+        "invented | AUC |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, title in MUSIC.items():
         hit = metrics["hit_rate"]["arms"][arm]
@@ -234,7 +234,7 @@ def music_table() -> str:
         for name in ("engagement", "affinity"):
             mean, none = (metrics[name]["arms"][of][name] for of in (arm, "none"))
             cells += [f"{mean:.3f}", "" if arm == "none" else f"{100 * (mean / none - 1):+.0f}%".replace("-", "−")]
-        cells.append(f"{metrics['invented']['arms'][arm]['invented']:.2f}")
+        cells += [f"{metrics[name]['arms'][arm][name]:.2f}" for name in ("on_request", "known", "invented")]
         auc = metrics["auc"]["arms"].get(arm)
         cells.append("" if auc is None else f"{auc['auc']:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -262,7 +262,8 @@ def music_table() -> str:
         f"{predictor['auc_user']:.3f} by the listener's vector alone. It ranks {agreed['in_order']} of "
         f"{agreed['pairs']} pairs of arms as the held-out plays do (Kendall {agreed['kendall']:.2f}).",
         "",
-        f"`python {content['provenance']['command']}`, commit {str(made['commit'])[:10]}, {hardware(made)}: "
+        f"`python {content['provenance']['command']}`, trained at "
+        f"{', '.join(commit[:10] for commit in content['commits'])}, {hardware(made)}: "
         "[results/music.json](../results/music.json).",
         "",
     ]

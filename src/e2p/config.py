@@ -182,6 +182,7 @@ class ObjectiveConfig:
     distill: float = 0.0
 
     def __post_init__(self) -> None:
+        _require(self.name in ("lm", "kto", "engagement"), "objective.name", "lm, kto or engagement", self.name)
         for name in ("beta", "desirable_weight", "undesirable_weight", "contrast_margin"):
             _require(getattr(self, name) > 0, f"objective.{name}", "a number > 0", getattr(self, name))
         for name in ("alpha", "likelihood", "contrast", "distill"):
@@ -300,6 +301,7 @@ class EvaluationConfig:
         object.__setattr__(self, "arms", tuple(self.arms))
         unknown = [arm for arm in self.arms if arm not in ARMS]
         _require(not unknown, "evaluation.arms", f"some of {', '.join(ARMS)}", ", ".join(unknown))
+        _require(self.arms != ("rerank",), "evaluation.arms", "an arm with a language model too", self.arms)
         _require(bool(self.arms), "evaluation.arms", f"some of {', '.join(ARMS)}", self.arms)
         twice = sorted({arm for arm in self.arms if self.arms.count(arm) > 1})
         _require(not twice, "evaluation.arms", "every arm once", ", ".join(self.arms))

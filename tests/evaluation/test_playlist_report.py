@@ -21,7 +21,7 @@ from e2p.evaluation.playlist_report import GAIN, draw_calibration, markdown, pla
 from e2p.evaluation.report import load_results, write_report
 from e2p.evaluation.tables import Metric, latex
 
-# Of each arm: hit rate, engagement, affinity, played, invented.
+# Of each arm: hit rate, engagement, affinity, on request, invented.
 MEANS = {
     "none": (0.04, 0.4, 0.1, 0.05, 0.2),
     "static": (0.05, 0.38, 0.1, 0.06, 0.2),
@@ -29,7 +29,7 @@ MEANS = {
     "e2p": (0.08, 0.5, 0.35, 0.1, 0.1),
     "rerank": (0.1, 0.6, 0.4, 0.1, 0.0),
 }
-NAMES = ("hit_rate", "engagement", "affinity", "played", "invented")
+NAMES = ("hit_rate", "engagement", "affinity", "on_request", "invented")
 JUDGED: dict[str, Any] = {
     "predictor": {
         **{"kind": "boosting", "setting": 30.0, "auc": 0.7, "auc_ci": [0.65, 0.75], "auc_user": 0.55, "share": 0.25},
@@ -85,7 +85,7 @@ def test_the_table_by_hand() -> None:
     table = playlist_table(results_of())
     assert table.headings == [
         *("arm", "hit rate", "predicted engagement", GAIN, "affinity", GAIN),
-        *("share played", "share invented", "miss rate"),
+        *("on request", "share invented", "miss rate"),
     ]
     assert table.rows == [
         ["none", "0.040", "0.400", "0.0", "0.100", "0.0", "0.050", "0.200", "0.250"],
@@ -123,7 +123,7 @@ def test_without_labels_there_is_no_engagement(tmp_path: Path) -> None:
 
 
 def test_another_headline_has_the_same_table() -> None:
-    results = results_of(names=("affinity", "hit_rate", "engagement", "played", "invented"))
+    results = results_of(names=("affinity", "hit_rate", "engagement", "on_request", "invented"))
     assert results["metric"]["name"] == "affinity"
     assert playlist_table(results) == playlist_table(results_of())
 
@@ -266,7 +266,9 @@ def test_costs_are_found_beside_the_likelihoods() -> None:
 def test_latex_and_csv_have_it_too(run: tuple[Path, str, str]) -> None:
     folder, *_ = run
     text = (folder / "tables.tex").read_text()
-    assert r"arm & hit rate & engagement & gain, \% & affinity & gain, \% & played & invented & miss rate \\" in text
+    assert (
+        r"arm & hit rate & engagement & gain, \% & affinity & gain, \% & on request & invented & miss rate \\" in text
+    )
     assert r"static & 0.050 & 0.380 & $-$5.0 & 0.100 & 0.0 & 0.060 & 0.200 & 0.200 \\" in text
     assert text.count(r"\begin{table}") == 3
     table = playlist_table(results_of())

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from e2p.config import EvaluationConfig, ObjectiveConfig, PlaylistsConfig, RunConfig
+from e2p.config_io import save_yaml
 from e2p.data.tables import write_embeddings
 from e2p.errors import ConfigError, DataError
 from e2p.evaluation.answers import answer
@@ -112,22 +113,24 @@ def test_hits_affinity_and_inventions_by_hand(shelf: Shelf, loaded: tuple[Any, R
     scores, about = judge_playlists(answers_of(inputs, [(0, f"{text} ; {held[1]}", False)]), shelf, inputs)
     example = inputs.keys["example_id"][row]
     found = {name: values[example] for name, values in metrics(scores).items()}
-    assert (found["hit_rate"], found["played"], found["invented"]) == (0.5, 1.0, 0.0)
+    assert (found["hit_rate"], found["known"], found["invented"]) == (1.0, 0.5, 0.0)  # what he knows is no place lost
     assert about["longest"] == 2
     for text, cut, expected in (
         (f"{stranger} ; nobody ever heard of them", False, (0, 0, 0.5)),
-        (f"{held[0]}\n{held[0]}", False, (0.5, 0.5, 0)),  # the second is a repetition, and no second hit
-        (f"{held[0]} ; {held[1][:4]}", True, (1, 1, 0)),  # half a name does not count
-        (f"{held[0]} ; ", True, (1, 1, 0)),
+        (f"{known[0]} ; {known[1]}", False, (0, 1, 0)),
+        (f"{held[0]}\n{held[0]}", False, (0.5, 0, 0)),  # the second is a repetition, and no second hit
+        (f"{held[0]} ; {held[1][:4]}", True, (1, 0, 0)),  # half a name does not count
+        (f"{held[0]} ; ", True, (1, 0, 0)),
         ("", False, (0, 0, 0)),
         (" ; ;", True, (0, 0, 0)),
     ):
         scores, about = judge_playlists(answers_of(inputs, [(0, text, cut)]), shelf, inputs)
         found = {name: values[example] for name, values in metrics(scores).items()}
-        assert (found["hit_rate"], found["played"], found["invented"]) == expected, text
+        assert (found["hit_rate"], found["known"], found["invented"]) == expected, text
         if not about["readings"]["e2p"]["found"]:
-            assert found["engagement"] == found["affinity"] == 0
             assert about["readings"]["e2p"]["empty"] == 1
+        if expected[1] == 1 or not about["readings"]["e2p"]["found"]:  # nothing new
+            assert found["engagement"] == found["affinity"] == found["on_request"] == 0
 
 
 def test_an_item_that_no_vector_is_known_of_can_be_hit(shelf: Shelf, loaded: tuple[Any, RunInputs]) -> None:
@@ -252,7 +255,7 @@ def test_a_labelled_run_is_judged_by_its_playlists(config: RunConfig, tmp_path: 
     results = judge(run.output)
     assert results["metric"]["name"] == "hit_rate"
     others = {other["metric"]["name"]: other for other in results["other_metrics"]}
-    assert list(others) == ["nats_per_token", "auc", "engagement", "affinity", "played", "invented"]
+    assert list(others) == ["nats_per_token", "auc", "engagement", "affinity", "on_request", "known", "invented"]
     assert list(results["arms"]) == ["none", "static", "random", "e2p", "rerank"]
     assert list(others["auc"]["arms"]) == ["none", "static", "random", "e2p"]  # reranking has no likelihood
     assert results["verdict"]
@@ -268,6 +271,12 @@ def test_another_headline_and_one_that_nobody_measured(config: RunConfig, tmp_pa
     run = replace(config, evaluation=judged, output=str(tmp_path / "run"))
     train(run)
     assert judge(run.output)["metric"]["name"] == "auc"
+    for wrong in ("hit_rate", "bits_per_byte", "acu"):  # without playlists; not an audited one; a slip
+        save_yaml(replace(run, evaluation=replace(judged, headline=wrong)), tmp_path / "run" / "config.yaml")
+        (tmp_path / "run" / "scores.parquet").unlink(missing_ok=True)
+        with pytest.raises(DataError, match=r"evaluation\.headline: expected one of nats_per_token, auc, got"):
+            judge(run.output)
+        assert not (tmp_path / "run" / "scores.parquet").exists()  # before anything is scored
     with pytest.raises(ConfigError, match=r"evaluation\.playlists: expected items, queries, plays and known, or none"):
         PlaylistsConfig(items="items.parquet")
 
@@ -279,9 +288,24 @@ def test_another_headline_and_one_that_nobody_measured(config: RunConfig, tmp_pa
         ("items", lambda t: t.drop("item"), "item"),
         ("items", lambda t: t.with_columns(pl.col("embedding").cast(pl.List(pl.Float32)).list.head(1)), "of 2 numbers"),
         ("queries", lambda t: t.filter(pl.col("query") != "q1"), "query 'q1' is not in .*queries.parquet; add it"),
+        (
+            "plays",
+            lambda t: t.with_columns(item=pl.lit("a;b"), item_id=pl.lit("x")),
+            r"plays.parquet: item 'a;b' .*one line",
+        ),
+        (
+            "examples",
+            lambda t: t.with_columns(query=pl.when("label").then("query").otherwise(pl.lit("?"))),
+            r"query '\?'",
+        ),
+        ("examples", lambda t: t.with_columns(items=pl.lit(["?"], pl.List(pl.String))), "got none, as in 96 of 96"),
         ("plays", lambda t: t.with_columns(user_id=pl.lit("nobody")), "expected held-out plays of the test users"),
         ("examples", lambda t: t.drop("items"), "items"),
-        ("examples", lambda t: t.with_columns(items=pl.lit([], pl.List(pl.String))), "got none in training; add them"),
+        (
+            "examples",
+            lambda t: t.with_columns(items=pl.lit([], pl.List(pl.String))),
+            "got none, as in|got none in training",
+        ),
     ],
 )
 def test_tables_that_cannot_judge_are_named(

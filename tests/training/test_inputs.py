@@ -51,6 +51,7 @@ def test_parts_vectors_and_counts(config: RunConfig) -> None:
         "left_out_by_train_share": 0,
         "null_user_without_vector": 0,
         "not_engaged": 0,
+        "not_labelled": 0,
         "cut_prompts": 0,
         "cut_completions": 0,
     }

@@ -305,23 +305,24 @@ def test_references_are_computed_once_for_one_frozen_model(
     calls = []
 
     def counted(*args: Any, **settings: Any) -> Any:
-        calls.append(1)
+        calls.append(len(args[2]))
         return loglikelihoods(*args, **settings)
 
     monkeypatch.setattr(preferences, "loglikelihoods", counted)
     again = load_preferences(inputs, model, replace(KTO, beta=0.9), 4, 500, None)
-    assert not calls
+    assert calls == [16]  # rows that are computed again to believe the others
     assert np.array_equal(first.reference, again.reference)
     assert np.array_equal(first.reference_other, again.reference_other)
     load_preferences(inputs, model, KTO, 5, 500, None)  # other pairs
-    assert len(calls) == 2
-    with torch.no_grad():  # another frozen model
-        weight = backbone.model.model.layers[0].mlp.up_proj.weight
-        weight.mul_(2)
-        changed = load_preferences(inputs, model, KTO, 4, 500, None)
-        weight.div_(2)
-    assert len(calls) == 4
-    assert not np.allclose(first.reference, changed.reference)
+    assert calls[1:] == [64, 64]
+    layers = backbone.model.model.layers[0].mlp.up_proj, backbone.model.lm_head  # the second is in no fingerprint
+    for part in layers:
+        with torch.no_grad():  # another frozen model
+            part.weight.mul_(2)
+            changed = load_preferences(inputs, model, KTO, 4, 500, None)
+            part.weight.div_(2)
+        assert calls[-2:] == [64, 64]
+        assert not np.allclose(first.reference, changed.reference)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -469,8 +470,11 @@ def test_a_batch_of_one_is_refused_with_the_reason(base: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (pl.lit(True), "expected training examples of both kinds for objective.name kto, got label true in all 48"),
-        (pl.lit(False), "the train part: expected engaged examples, got only rows with label false"),
+        (
+            pl.lit(True),
+            "the train part: expected examples of both kinds for objective.name kto, got label true in all 48",
+        ),
+        (pl.lit(False), "the train part: expected engaged examples, got none with label true"),
         (pl.lit(None, pl.Boolean), r"row 0 \(user u00\): label: expected true or false .* got none in 48 of"),
         (
             pl.when(pl.col("user_id") == "u03").then(None).otherwise("label"),
@@ -494,6 +498,8 @@ def test_one_completion_for_everybody_is_refused(tmp_path: Path) -> None:
     table.write_parquet(config.data.examples)
     with pytest.raises(DataError, match=r"the train part: expected at least two different completions, got one in all"):
         train(replace(config, objective=KTO))
+    assert not Path(config.output).exists()
+    train(replace(with_training(config, max_steps=1), objective=EQ5))  # has no pairs
 
 
 def test_batches_that_share_one_completion_are_fine_while_the_table_has_another(tmp_path: Path) -> None:
@@ -512,6 +518,6 @@ def test_batches_that_share_one_completion_are_fine_while_the_table_has_another(
 
 
 def test_settings_out_of_range() -> None:
-    for change in ({"beta": 0}, {"alpha": -1}, {"desirable_weight": 0}, {"name": "kto", "contrast": 1.0}):
+    for change in ({"beta": 0}, {"alpha": -1}, {"name": "kpo"}, {"name": "kto", "contrast": 1.0}):
         with pytest.raises(ConfigError, match="objective"):
             ObjectiveConfig(**change)  # type: ignore[arg-type]

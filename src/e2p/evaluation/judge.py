@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from e2p.config import DataConfig, RunConfig
-from e2p.config_io import load_yaml, save_yaml, to_dict
+from e2p.config_io import from_dict, load_yaml, save_yaml, to_dict
 from e2p.data.sources import cache_root
 from e2p.data.tables import content_key, example_batches, write_frame
 from e2p.data.tokenised import TokenisedExamples, tokenise
-from e2p.errors import DataError, E2PError, RunError
-from e2p.evaluation.answers import answer
-from e2p.evaluation.arms import Arm, build_arms, score_arm, without_prompt_arms
+from e2p.errors import ConfigError, DataError, E2PError, RunError
+from e2p.evaluation.answers import judged_answers, open_shelf
+from e2p.evaluation.arms import build_arms, score_arm, without_prompt_arms
 from e2p.evaluation.audit import (
     ABOUT,
-    ANSWERS,
     COVARIATES,
     FORMAT,
     SCORES,
@@ -36,7 +34,8 @@ from e2p.evaluation.audit import (
 )
 from e2p.evaluation.breakdowns import covariates
 from e2p.evaluation.leaks import check_leaks
-from e2p.evaluation.playlists import Shelf, judge_playlists, load_shelf, rerank_answers
+from e2p.evaluation.playlists import METRICS as PLAYLIST_METRICS
+from e2p.evaluation.playlists import Shelf
 from e2p.evaluation.samples import samples
 from e2p.evaluation.significance import require_tests
 from e2p.evaluation.space import describe_prefix, describe_space, known_attribute
@@ -107,7 +106,8 @@ def score(
     require_tests(inputs.keys["user_id"].to_numpy()[inputs.rows("test")])
     leaks = [dataclasses.asdict(check) for check in check_leaks(inputs, config.data.examples)]
     refuse_leaks(folder, leaks, allow_leaks)
-    shelf = shelf or _shelf(config, inputs, console)
+    shelf = shelf or open_shelf(config, inputs, console)
+    headline = _headline(config, inputs, shelf)
     names, profiled, warnings = _possible_arms(config, e2p, inputs)
     models = {"e2p": e2p}
     for arm in ("static", "shuffled"):
@@ -118,7 +118,7 @@ def score(
         scores = pl.concat([score_arm(arm, inputs, config.training.tokens_per_pass, bars) for arm in arms])
         playlists = None
         if shelf is not None:
-            judged_lists, playlists = _playlists(config, shelf, arms, inputs, folder, bars)
+            judged_lists, playlists = judged_answers(config, shelf, arms, inputs, folder, bars)
             scores = pl.concat([scores, judged_lists])
     training = {arm: _training_record(folder, arm) for arm in models}
     judged = training["e2p"]["validation"]
@@ -150,7 +150,7 @@ def score(
         "tables": tables,
         "data": dict(inputs.counts),
         "training": training,
-        "headline": _headline(config, scores),
+        "headline": headline,
         "playlists": playlists,
         "leaks": leaks,
         "extra": dict(extra or {}),
@@ -160,49 +160,18 @@ def score(
     write_json(folder / ABOUT, about)
 
 
-def _playlists(
-    config: RunConfig, shelf: Shelf, arms: Sequence[Arm], inputs: RunInputs, folder: Path, bars: Progress
-) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Playlists of all arms, kept in the run folder, and their scores."""
-    wanted, seed = config.evaluation.playlists, config.evaluation.seed
-    answers = [
-        answer(
-            arm,
-            inputs,
-            config.training.tokens_per_pass,
-            draws=wanted.answers,
-            temperature=wanted.temperature,
-            max_new_tokens=config.evaluation.max_new_tokens,
-            seed=seed,
-            progress=bars,
-        )
-        for arm in arms
-    ]
-    if "rerank" in config.evaluation.arms:
-        answers.append(rerank_answers(shelf, inputs))
-    together = pl.concat(answers)
-    write_frame(folder / ANSWERS, together)
-    return judge_playlists(together, shelf, inputs)
-
-
-def _shelf(config: RunConfig, inputs: RunInputs, console: Console | None) -> Shelf | None:
-    """What playlists are judged with, where they are."""
-    judged, tables = config.evaluation, config.evaluation.playlists
-    if not tables.items:
-        return None
-    with console.status("fitting the engagement predictor") if console else nullcontext():
-        return load_shelf(tables, config.data.examples, inputs, judged.seed, judged.resamples)
-
-
-def _headline(config: RunConfig, scores: pl.DataFrame) -> str:
-    """The metric that the verdict rests on, as :class:`EvaluationConfig` says."""
-    measured = set(scores["metric"].unique())
-    usual = ["hit_rate", *(["auc"] if config.objective.name != "lm" else []), "nats_per_token"]
+def _headline(config: RunConfig, inputs: RunInputs, shelf: Shelf | None) -> str:
+    """The metric that the verdict rests on, as :class:`EvaluationConfig` says; before anything is scored."""
+    measured = ["nats_per_token"]
+    if (inputs.labels[inputs.all_rows("test")] == 0).any():
+        measured.insert(0 if config.objective.name != "lm" else 1, "auc")
+    if shelf is not None:
+        unjudged = () if shelf.predictor else ("engagement",)
+        measured = [*(name for name in PLAYLIST_METRICS if name not in unjudged), *measured]
     asked = config.evaluation.headline
-    if asked and asked not in measured | {"nats_per_token", "bits_per_byte"}:
-        known = ", ".join(sorted(measured | {"nats_per_token"}))
-        raise DataError(f"evaluation.headline: expected one of {known}, got {asked!r}")
-    return asked or next(name for name in usual if name in measured or name == "nats_per_token")
+    if asked and asked not in measured:
+        raise DataError(f"evaluation.headline: expected one of {', '.join(measured)}, got {asked!r}")
+    return asked or measured[0]
 
 
 def run_config(folder: Path) -> RunConfig:
@@ -231,7 +200,11 @@ def is_scored(folder: Path, tables: Mapping[str, str] | None = None) -> bool:
     if about is None or about.get("format") != FORMAT or not (folder / SCORES).is_file():
         return False
     same = tables is None or about.get("tables") == tables
-    return bool(same and about.get("config") == to_dict(run_config(folder)))
+    try:  # settings that e2p did not know then stand at their defaults
+        scored_with = from_dict(about.get("config") or {})
+    except ConfigError:
+        return False
+    return bool(same and scored_with == run_config(folder))
 
 
 def refuse_leaks(folder: Path, leaks: Iterable[Mapping[str, Any]], allowed: bool) -> None:
@@ -279,7 +252,7 @@ def score_seeds(
         for arm in ("e2p", "static", "shuffled"):
             if _trained(arm_folder(folder, arm)):
                 check_inputs(folder, arm, inputs)
-    shelf = _shelf(config, inputs, console)
+    shelf = open_shelf(config, inputs, console)
     for seed, folder in left.items():
         if not _trained(folder):
             one, started = with_seed(config, seed, str(folder)), (folder / "config.yaml").is_file()

@@ -39,7 +39,8 @@ _KNOWN: dict[str, tuple[str, Direction]] = {
     "engagement": ("engagement", "higher"),
     "affinity": ("affinity", "higher"),
     "hit_rate": ("playlist hit rate", "higher"),
-    "played": ("share played", "higher"),
+    "on_request": ("share on request", "higher"),
+    "known": ("share known", "lower"),
     "invented": ("share invented", "lower"),
     "accuracy": ("accuracy", "higher"),
 }

@@ -17,16 +17,17 @@ _COLUMNS = (
     ("hit_rate", "hit rate", False),
     ("engagement", "predicted engagement", True),
     ("affinity", "affinity", True),
-    ("played", "share played", False),
+    ("on_request", "on request", False),
+    ("known", "known", False),
     ("invented", "share invented", False),
 )
 _KINDS = {"logistic": "a logistic regression (C {:g})", "boosting": "{:g} boosted trees"}
 _LEGEND = (
-    "Means over examples, higher is better but for share invented and miss rate; intervals and tests stand below, "
-    "metric by metric. Hit rate: share of a playlist's entries that are among the user's held-out plays. Affinity: "
-    "mean cosine of the user's vector with the items'. Share played: as the hit rate, plays that the vector was made "
-    "of included. Share invented: entries that are neither an item nor near to one. Miss rate: the same of all "
-    "different entries together."
+    "Means over examples, higher is better but for known, share invented and miss rate; intervals and tests stand "
+    "below, metric by metric. Entries that the user's vector was made of are no news: they are set aside in all "
+    "arms and counted (known). Of the others, hit rate: share that are among the user's held-out plays; affinity: "
+    "mean cosine of the user's vector with the items'; on request: share that answer the query. Share invented: "
+    "entries that are neither an item nor near to one; miss rate: the same of all different entries together."
 )
 _ENGAGEMENT = " Predicted engagement: probability by a classifier that was trained on past playlists."
 
@@ -78,6 +79,8 @@ def playlist_table(results: Mapping[str, Any]) -> Table:
             columns[heading] = [[_number(found.get(arm)) for arm in arms]]
             if gained:
                 columns[heading].append([_gain(found.get(arm), found.get("none")) for arm in arms])
+    if any("entries_an_answer" in one for one in readings.values()):
+        columns["entries"] = [[_number((readings.get(arm) or {}).get("entries_an_answer")) for arm in arms]]
     columns["miss rate"] = [[_number((readings.get(arm) or {}).get("miss_rate")) for arm in arms]]
     headings = [name for heading, cells in columns.items() for name in (heading, GAIN)[: len(cells)]]
     rows = zip(*(column for cells in columns.values() for column in cells), strict=True)

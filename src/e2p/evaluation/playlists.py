@@ -21,11 +21,11 @@ from e2p.data.sources import open_table
 from e2p.data.vectors import to_vectors
 from e2p.errors import DataError
 from e2p.evaluation.engagement import EngagementPredictor, affinity, agreement, features, judge_predictor
-from e2p.items.catalogue import Catalogue, ReadBack, load_catalogue, playlist_text, read_back, reading
+from e2p.items.catalogue import Catalogue, ReadBack, entries_of, load_catalogue, playlist_text, read_back, reading
 from e2p.items.retrieval import rerank
 from e2p.training.inputs import RunInputs
 
-METRICS = ("hit_rate", "engagement", "affinity", "played", "invented")
+METRICS = ("hit_rate", "engagement", "affinity", "on_request", "known", "invented")
 _ROWS = 65_536
 Floats = npt.NDArray[np.float32]
 
@@ -76,9 +76,11 @@ def load_shelf(settings: PlaylistsConfig, source: str, inputs: RunInputs, seed: 
             f"{settings.items}: expected vectors of {inputs.embeddings.dim} numbers, in the users' space, got "
             f"{catalogue.dim}; take the table that was prepared with the users' vectors"
         )
-    held = _column(settings.plays, "user_id", "item_id", "item")
+    held = _column(settings.plays, "user_id", "item_id", "item").with_columns(pl.col("item_id").cast(pl.String))
     new = held.filter(~pl.col("item_id").is_in(catalogue.ids) & pl.col("item").is_not_null())
     new = new.unique("item_id", keep="first", maintain_order=True)
+    _check_names(settings.items, catalogue.names)
+    _check_names(settings.plays, new["item"].to_list())
     catalogue = dataclasses.replace(
         catalogue,
         ids=catalogue.ids + new["item_id"].to_list(),
@@ -97,12 +99,27 @@ def load_shelf(settings: PlaylistsConfig, source: str, inputs: RunInputs, seed: 
         raise DataError(f"{source}: items: expected the item ids of each playlist, got none in training; add them")
     queries = _queries(settings.queries, catalogue)
     asked = examples["query"].cast(pl.String).to_list()
-    unknown = next((row for row in (*train, *inputs.rows("test")) if asked[row] not in queries), None)
+    lost = [row for row in train if not len(lists[row])]
+    if lost:
+        raise DataError(
+            f"{source}: row {lost[0]}: items: expected ids that are in {settings.items} or {settings.plays}, got none, "
+            f"as in {len(lost):,} of {len(train):,} training playlists; add these items, or drop the rows"
+        )
+    unknown = next((row for row in np.flatnonzero(inputs.split >= 0) if asked[row] not in queries), None)
     if unknown is not None:
         raise DataError(f"{source}: row {unknown}: query {asked[unknown]!r} is not in {settings.queries}; add it there")
     known = _by_user(_column(settings.known, "user_id", "item_id"), catalogue)
     shelf = Shelf(catalogue, queries, plays, known, asked, lists, longest)
     return dataclasses.replace(shelf, predictor=_predictor(shelf, inputs, seed, resamples))
+
+
+def _check_names(source: str, names: Sequence[str]) -> None:
+    """A name that would be read as two cannot be read back."""
+    for row, name in enumerate(names):
+        if not name.strip() or len(entries_of(name)) != 1:
+            raise DataError(
+                f"{source}: item {name!r} (number {row}): expected a name in one line without ';'; rename the item"
+            )
 
 
 def _column(source: str, *names: str) -> pl.DataFrame:
@@ -157,12 +174,14 @@ def rerank_answers(shelf: Shelf, inputs: RunInputs) -> pl.DataFrame:
 def judge_playlists(answers: pl.DataFrame, shelf: Shelf, inputs: RunInputs) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Scores of generated playlists in long form, and what there is to know about the judging.
 
-    Metrics, each a mean over an example's draws: ``hit_rate``: share of the named entries that are held-out plays of
-    the user, each counted once; ``engagement``: probability by a classifier that was trained on the training users'
-    labels (only where there are labels), 0 for a list that names no item; ``affinity``: mean cosine of the user's
-    vector with the named items'; ``played``: share of the entries that he ever played; ``invented``: share that is
-    neither an item nor near to one. Of an answer, as many entries count as the longest training playlist has; a last
-    entry that was cut off does not.
+    An item that the user's vector was made of is no news to him: naming it back would look like affinity and like
+    engagement, so such entries are set aside, in all arms, and counted (``known``). Metrics, each a mean over an
+    example's draws: ``hit_rate``: share of the new entries that are held-out plays of the user, each counted once;
+    ``engagement``: probability by a classifier that was trained on the training users' labels (only where there are
+    labels), 0 for a list that names nothing new; ``affinity``: mean cosine of the user's vector with the new items';
+    ``on_request``: share of the new entries that answer the query; ``known``: share of the entries that the vector was
+    made of; ``invented``: share that is neither an item nor near to one. Of an answer, as many entries count as the
+    longest training playlist has; a last entry that was cut off does not.
 
     Args:
         answers: of :func:`e2p.evaluation.answers.answer` and :func:`rerank_answers`, all arms.
@@ -187,10 +206,10 @@ def judge_playlists(answers: pl.DataFrame, shelf: Shelf, inputs: RunInputs) -> t
     scores = means.unpivot(names, index=["example_id", "user_id", "arm"], variable_name="metric")
     by_arm = means.group_by("arm", maintain_order=True).agg(pl.col(names).mean())
     arms = answers["arm"].to_numpy()
-    readings = {
-        str(arm): reading([one for one, mine in zip(read, arms == arm, strict=True) if mine])
-        for arm in by_arm["arm"].to_list()
-    }
+    readings = {}
+    for arm in by_arm["arm"].to_list():
+        own = [one for one, mine in zip(read, arms == arm, strict=True) if mine]
+        readings[str(arm)] = reading(own) | {"entries_an_answer": sum(one.entries for one in own) / len(own)}
     found: dict[str, Any] = {
         "predictor": about,
         "readings": readings,
@@ -206,8 +225,8 @@ def judge_playlists(answers: pl.DataFrame, shelf: Shelf, inputs: RunInputs) -> t
 
 def _shown(text: str, cut: bool, longest: int) -> str:
     """The entries that count, one a line."""
-    entries = [part for part in text.replace("\n", ";").split(";") if part.strip()]
-    if cut and entries and not text.rstrip().endswith(";"):
+    entries = entries_of(text)
+    if cut and entries and text.rstrip()[-1:] not in (";", "\uff1b"):
         entries = entries[:-1]  # half a name
     return "\n".join(entries[:longest])
 
@@ -219,18 +238,24 @@ def _measured(
     users = inputs.keys["user_id"].to_numpy()[rows]
     vectors = _user_vectors(inputs, rows)
     found = {name: np.zeros(len(read)) for name in METRICS}
+    offered = {query: frozenset(items.tolist()) for query, (_, items) in shelf.queries.items()}
+    new: list[Ints] = []
     for at, (one, user) in enumerate(zip(read, users, strict=True)):
-        items, entries = set(one.items), max(one.entries, 1)
-        held, known = shelf.plays.get(user, frozenset()), shelf.known.get(user, frozenset())
-        found["hit_rate"][at] = len(items & held) / entries
-        found["played"][at] = len(items & (held | known)) / entries
-        found["invented"][at] = one.inventions / entries
-        found["affinity"][at] = affinity(vectors[at], shelf.catalogue.vectors[one.items])
+        known, held = shelf.known.get(user, frozenset()), shelf.plays.get(user, frozenset())
+        fresh = [item for item in one.items if item not in known]
+        count = max(one.entries - (len(one.items) - len(fresh)), 1)
+        answers = offered[str(shelf.asked[rows[at]])]
+        new.append(np.array(fresh, np.int64))
+        found["hit_rate"][at] = sum(item in held for item in fresh) / count
+        found["on_request"][at] = sum(item in answers for item in fresh) / count
+        found["known"][at] = (len(one.items) - len(fresh)) / max(one.entries, 1)
+        found["invented"][at] = one.inventions / max(one.entries, 1)
+        found["affinity"][at] = affinity(vectors[at], shelf.catalogue.vectors[fresh])
     if predictor is None:
         return {name: values for name, values in found.items() if name != "engagement"}
-    named = np.array([at for at, one in enumerate(read) if one.items], np.int64)
+    named = np.array([at for at, fresh in enumerate(new) if len(fresh)], np.int64)
     if len(named):
-        lists = [np.array(read[at].items, np.int64) for at in named]
+        lists = [new[at] for at in named]
         found["engagement"][named] = predictor.predict(_features(shelf, inputs, rows[named], lists))
     return found
 

@@ -27,6 +27,7 @@ from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel, text_encoder
 from e2p.provenance import provenance
 from e2p.training.inputs import RunInputs, deal, join_tables, load_inputs
+from e2p.training.preferences import check_labels
 from e2p.training.run import arm_folder, prepare_folder, train_arm, with_seed
 from e2p.training.scoring import score_batches
 
@@ -212,7 +213,8 @@ def run_sweep(config: SweepConfig, console: Console | None = None) -> dict[str, 
 
 
 def run_point(point: Point, backbone: FrozenBackbone, folder: Path, console: Console | None) -> dict[str, Any]:
-    """Train one point and judge it on the validation part; returns its figures, in nats per token.
+    """Train one point and judge it on the validation part; returns its figures, in nats per token of what shows how to
+    answer, whatever the objective; the objective's own loss stands beside them (``validation``).
 
     ``prefix``, ``none`` and ``random`` (vectors exchanged among the validation users) are over all tokens together;
     ``true_minus_random`` is a mean over examples, as in the audit, with a bootstrap over users and a t-test clustered
@@ -220,6 +222,7 @@ def run_point(point: Point, backbone: FrozenBackbone, folder: Path, console: Con
     """
     config = replace(point.config, output=str(folder))
     tables = join_tables(config.data)
+    check_labels(tables, config.objective, config.data.examples)
     inputs = load_inputs(
         config.data,
         text_encoder(backbone, config.data, config.projector.prefix_tokens),
@@ -240,7 +243,8 @@ def run_point(point: Point, backbone: FrozenBackbone, folder: Path, console: Con
         "examples": {part: inputs.counts[part] for part in ("train", "validation")},
         "users": {part: inputs.counts[f"{part}_users"] for part in ("train", "validation")},
         "prefix": float(own.sum() / tokens.sum()),
-        "none": record["validation"]["none"],
+        "none": float(example_nats(model, held_out, budget, use_prefix=False)[0].sum() / tokens.sum()),
+        "validation": record["validation"],  # of the objective itself, where it is not lm
     }
     if point.arm != "static":
         result |= _against_others(model, inputs, own, tokens, budget, config)

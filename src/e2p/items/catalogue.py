@@ -181,6 +181,12 @@ def playlist_text(names: Sequence[str], separator: str = SEPARATOR) -> str:
     return separator.join(names)
 
 
+def entries_of(text: str, separator: str = SEPARATOR) -> list[str]:
+    """What a text names, as names are compared: cut at the separator's character and at line breaks."""
+    cut = f"{re.escape(_mark(separator))}|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
+    return [entry for entry in map(normalise, re.split(cut, unicodedata.normalize("NFKC", text))) if entry]
+
+
 def read_back(
     texts: Sequence[str], catalogue: Catalogue, separator: str = SEPARATOR, cutoff: float = CUTOFF
 ) -> list[ReadBack]:
@@ -215,7 +221,6 @@ def read_back(
                 f"{catalogue.where(row)}: expected a name without the separator {mark!r}, got "
                 f"{catalogue.names[row]!r}; rename it or separate by another character"
             )
-    cut = re.compile(f"{re.escape(mark)}|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
     memory: dict[str, int | None] = {}
     known = list(catalogue.by_name)
 
@@ -227,7 +232,7 @@ def read_back(
 
     found = []
     for text in texts:
-        entries = [entry for entry in map(normalise, cut.split(unicodedata.normalize("NFKC", text))) if entry]
+        entries = entries_of(text, separator)
         read: dict[int | str, None] = {}  # rows and inventions, each once, in order
         for entry in entries:
             item = row_of(entry)

@@ -46,8 +46,8 @@ class RunInputs:
     counts: Mapping[str, int]
 
     def rows(self, part: str) -> Ints:
-        """Rows of a part (train, validation or test) that show what to answer: all but those labelled not engaged."""
-        return np.flatnonzero((self.split == SPLITS.index(part)) & (self.labels != 0))
+        """Rows of a part (train, validation or test) that show what to answer: in a table with labels the engaged."""
+        return np.flatnonzero((self.split == SPLITS.index(part)) & _shows(self.labels))
 
     def all_rows(self, part: str) -> Ints:
         """Rows of a part, whatever their labels."""
@@ -141,9 +141,9 @@ def join_tables(config: DataConfig) -> JoinedTables:
     for code, part in enumerate(SPLITS):
         if not (split == code).any():
             raise DataError(f"{config.examples}: the {part} part is empty; change data.split or the column 'split'")
-        if not ((split == code) & (labels != 0)).any():
+        if not ((split == code) & _shows(labels)).any():
             raise DataError(
-                f"{config.examples}: the {part} part: expected engaged examples, got only rows with label false; "
+                f"{config.examples}: the {part} part: expected engaged examples, got none with label true; "
                 "change data.split or the column 'split'"
             )
     return JoinedTables(keys, split, joined.rows, embeddings, labels)
@@ -174,10 +174,16 @@ def load_inputs(
         "left_out_by_train_share": int((split == LEFT_OUT).sum()),
         "null_user_without_vector": int(((tables.vector_rows < 0) & kept).sum()),
         "not_engaged": int(((tables.labels == 0) & kept).sum()),
+        "not_labelled": int(((tables.labels < 0) & kept).sum()) if (tables.labels >= 0).any() else 0,
         "cut_prompts": int((tokens.column("cut_prompt")[kept] > 0).sum()),
         "cut_completions": int(tokens.column("cut_completion")[kept].sum()),
     }
     return RunInputs(keys, split, tables.vector_rows, tables.embeddings, tables.labels, tokens, position, counts)
+
+
+def _shows(labels: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:
+    """Which rows show what to answer."""
+    return labels == 1 if (labels >= 0).any() else np.ones(len(labels), bool)
 
 
 def deal(inputs: RunInputs, rows: Ints, seed: Sequence[int]) -> Ints:

@@ -29,6 +29,7 @@ from e2p.training.scoring import loglikelihoods
 
 JUDGED = ("train", "validation")
 _TRIES = 20
+_CHECKED = 16  # rows that are computed again before kept likelihoods are believed
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ def check_labels(tables: JoinedTables, objective: ObjectiveConfig, source: str) 
     """Make sure, before a model is loaded, that a yes/no objective has what it learns from.
 
     Raises:
-        DataError: no labels, a row of training or validation without one, or only one kind of them in training.
+        DataError: no labels, a row of training or validation without one, or only one kind of them in either.
     """
     if objective.name == "lm":
         return
@@ -68,19 +69,18 @@ def check_labels(tables: JoinedTables, objective: ObjectiveConfig, source: str) 
                 f"validation for objective.name {objective.name}, got none in {len(missing):,} of the {part} part's "
                 f"{len(rows):,}; fill the column, or train with objective.name lm"
             )
-    labels = tables.labels[tables.split == 0]
-    if len(set(labels.tolist())) < 2:
-        kind = "true" if labels[0] else "false"
-        raise DataError(
-            f"{source}: expected training examples of both kinds for objective.name {objective.name}, got label {kind} "
-            f"in all {len(labels):,}; add the others, or train with objective.name lm"
-        )
+        if len(set(tables.labels[rows].tolist())) < 2:
+            kind = "true" if tables.labels[rows[0]] else "false"
+            raise DataError(
+                f"{source}: the {part} part: expected examples of both kinds for objective.name {objective.name}, got "
+                f"label {kind} in all {len(rows):,}; add the others, change data.split, or train with objective.name lm"
+            )
 
 
 def load_preferences(
     inputs: RunInputs, model: E2PModel, objective: ObjectiveConfig, seed: int, budget: int, console: Console | None
 ) -> Preferences:
-    """Labels, mismatched pairs and reference likelihoods of a run; the last are read back where they are known.
+    """Labels, mismatched pairs (for ``kto``) and reference likelihoods of a run; what is known is read back.
 
     Args:
         inputs: the run's inputs, with labels.
@@ -89,6 +89,21 @@ def load_preferences(
         seed: of the mismatched pairs; they are part of the data and the same in every training.
         budget: padded tokens in a forward pass.
         console: where progress is shown.
+
+    Raises:
+        DataError: all completions of a part are one and the same text.
+    """
+    other = mismatched_rows(inputs, seed) if objective.name == "kto" else np.full(len(inputs.tokens), -1, np.int64)
+    reference, reference_other = _reference(inputs, model, other, budget, console)
+    train = inputs.labels[inputs.all_rows("train")]
+    engaged, others = int((train == 1).sum()), int((train == 0).sum())
+    balance = objective.name == "kto" and objective.balance == "auto"
+    weights = balanced_weights(engaged, others) if balance else (1.0, 1.0)
+    return Preferences(inputs.labels == 1, other, reference, reference_other, weights)
+
+
+def mismatched_rows(inputs: RunInputs, seed: int) -> Ints:
+    """For every row of training and validation one of the same part whose completion makes the mismatched pair [N].
 
     Raises:
         DataError: all completions of a part are one and the same text.
@@ -102,12 +117,7 @@ def load_preferences(
             other[rows] = rows[mismatched(users[rows], texts, [seed, 6, code])]
         except DataError as error:
             raise DataError(f"the {part} part: {error}") from None
-    reference, reference_other = _reference(inputs, model, other, budget, console)
-    train = inputs.labels[inputs.all_rows("train")]
-    engaged, others = int((train == 1).sum()), int((train == 0).sum())
-    balance = objective.name == "kto" and objective.balance == "auto"
-    weights = balanced_weights(engaged, others) if balance else (1.0, 1.0)
-    return Preferences(inputs.labels == 1, other, reference, reference_other, weights)
+    return other
 
 
 def mismatched(users: Ints, texts: npt.NDArray[np.uint64], seed: list[int]) -> Ints:
@@ -171,30 +181,42 @@ def balanced_weights(engaged: int, others: int) -> tuple[float, float]:
 def _reference(
     inputs: RunInputs, model: E2PModel, other: Ints, budget: int, console: Console | None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Log-likelihoods under the frozen model, of own and of mismatched completions, kept beside the tokens."""
+    """Log-likelihoods under the frozen model, of own and, where there are pairs, of mismatched completions, kept beside
+    the tokens.
+
+    What was kept is believed after some rows have been computed again: the key cannot hold every weight.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file, save
 
     backbone = model.backbone
     made_by = [backbone.fingerprint(), str(backbone.autocast_dtype), str(backbone.model.dtype), backbone.quantization]
-    key = hashlib.blake2b(json.dumps(made_by).encode() + other.tobytes(), digest_size=16).hexdigest()
-    path = inputs.tokens.folder / f"reference-{key}.safetensors"
+    rows = np.concatenate([inputs.all_rows(part) for part in JUDGED])
+    which = json.dumps(made_by).encode() + other.tobytes() + rows.tobytes()
+    path = inputs.tokens.folder / f"reference-{hashlib.blake2b(which, digest_size=16).hexdigest()}.safetensors"
+    paired = rows[other[rows] >= 0]
+
+    def frozen(of: Ints, answers: Ints | None = None, bar: Progress | None = None, task: Any = None) -> Any:
+        examples = inputs.examples("train")
+        return loglikelihoods(
+            model, examples, of, budget, completions=answers, use_prefix=False, progress=bar, task=task
+        )
+
     try:
         kept = load_file(path)
-        if kept["own"].shape == kept["other"].shape == other.shape:
+        some = rows[np.linspace(0, len(rows) - 1, min(len(rows), _CHECKED)).astype(np.int64)]
+        if kept["own"].shape == kept["other"].shape == other.shape and np.allclose(
+            kept["own"][some], frozen(some), rtol=1e-2, atol=0.1
+        ):
             return kept["own"], kept["other"]
     except (OSError, SafetensorError, KeyError):
         pass  # not there yet, or cut short: made again
-    rows = np.flatnonzero(other >= 0)
     own, mixed = np.zeros(len(other), np.float32), np.zeros(len(other), np.float32)
-    examples = inputs.examples("train")
     bars = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
     with Progress(*bars, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=console is None) as bar:
-        task = bar.add_task("frozen model's likelihoods", total=2 * len(rows))
-        own[rows] = loglikelihoods(model, examples, rows, budget, use_prefix=False, progress=bar, task=task)
-        mixed[rows] = loglikelihoods(
-            model, examples, rows, budget, completions=other[rows], use_prefix=False, progress=bar, task=task
-        )
+        task = bar.add_task("frozen model's likelihoods", total=len(rows) + len(paired))
+        own[rows] = frozen(rows, None, bar, task)
+        mixed[paired] = frozen(paired, other[paired], bar, task)
     for name, values in (("own", own), ("mismatched", mixed)):
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])
@@ -202,7 +224,10 @@ def _reference(
                 f"row {row}: the frozen model gives its {name} completion a log-likelihood of {values[row]}; expected "
                 "a finite number: load the backbone with dtype float32, or drop the row"
             )
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".reference-", delete=False) as half:
-        half.write(save({"own": own, "other": mixed}))
-    Path(half.name).replace(path)
+    try:  # kept for the next time; if it cannot be, this time goes on
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="reference-") as half:
+            (Path(half) / path.name).write_bytes(save({"own": own, "other": mixed}))
+            (Path(half) / path.name).replace(path)
+    except OSError:
+        pass
     return own, mixed

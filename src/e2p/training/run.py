@@ -28,7 +28,7 @@ from e2p.model.e2p import E2PModel, text_encoder
 from e2p.provenance import provenance
 from e2p.training.criteria import Criterion, Engagement, Likelihood
 from e2p.training.inputs import RunInputs, deal, join_tables, load_inputs, strangers
-from e2p.training.preferences import check_labels, load_preferences
+from e2p.training.preferences import check_labels, load_preferences, mismatched_rows
 from e2p.training.trainer import E2PTrainer, trainable
 
 TRAINED_ARMS = ("e2p", "static", "shuffled")
@@ -63,6 +63,8 @@ def train(config: RunConfig, overwrite: bool = False, resume: bool = False) -> N
     inputs = load_inputs(config.data, encoder, config.projector.position, tables)
     if config.objective.distill:
         _teacher(config, encoder)
+    if config.objective.name == "kto":
+        mismatched_rows(inputs, config.data.split.seed)
     if first:  # only now: a bad input must not leave an empty run
         prepare_folder(config, overwrite, resume)
     if console is not None:
