@@ -32,7 +32,7 @@ from e2p.training.run import train, with_seed
 
 # What does not depend on the objective is judged once.
 ARMS = {
-    "kto": ("none", "random", "shuffled", "e2p", "rerank"),
+    "kto": ("none", "random", "e2p", "rerank"),
     "lm": ("static", "random", "e2p"),
     "engagement": ("random", "e2p"),
 }

@@ -207,7 +207,6 @@ MUSIC = {
     "none": "none",
     "static": "static, lm",
     "random": "random, kto",
-    "shuffled": "shuffled, kto",
     "e2p": "**E2P, kto**",
     "e2p lm": "**E2P, lm**",
     "e2p engagement": "**E2P, Eq. 5**",
