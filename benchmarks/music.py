@@ -143,7 +143,8 @@ def main() -> None:
         config = settings(tables, options.backbone, name, runs[name])
         if not (runs[name] / "adapter").is_dir():
             train(config, resume=(runs[name] / "config.yaml").is_file())
-        evaluate([str(runs[name])], tuple(options.seeds))
+        if sum((folder / ANSWERS).is_file() for folder in seeds(runs[name])) < len(options.seeds):
+            evaluate([str(runs[name])], tuple(options.seeds))
     if options.only:
         return
     for name, run in runs.items():
