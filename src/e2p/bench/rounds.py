@@ -277,7 +277,8 @@ def _simulated(kind: type[Bench], setting: Setting, folder: Path) -> Setting:
 
 
 def _table(kind: type[Bench], setting: Setting, rounds: int, folder: Path, console: Console) -> dict[str, Any]:
-    """All sides, in turns, then each side's memory in a process of its own."""
+    """Each side's memory in a process of its own, then all sides in turns: what can fail at once comes first."""
+    memory = {side: _in_new_process(kind, setting, side) for side in kind.sides}
     many = kind(setting, folder)
     title = f"vocabulary {many.backbone.head.linear.weight.shape[0]:,}, {setting.precision}"
     seconds: dict[str, list[tuple[float, float]]] = {side: [] for side in kind.sides}
@@ -286,7 +287,6 @@ def _table(kind: type[Bench], setting: Setting, rounds: int, folder: Path, conso
         for side in kind.sides if number else ():
             seconds[side].append(took[side])
         console.print(f"{title}: round {number} of {rounds}")
-    memory = {side: _in_new_process(kind, setting, side) for side in kind.sides}
     sides = {}
     for side in kind.sides:
         wall, cpu = ([round(took[which], 3) for took in seconds[side]] for which in (0, 1))
