@@ -228,8 +228,8 @@ def music_table() -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, title in MUSIC.items():
-        hit = metrics["hit_rate"]["arms"][arm]
-        cells = [title, f"{hit['hit_rate']:.3f} {interval(hit['hit_rate_ci'], lambda x: f'{x:.3f}')}"]
+        hit = metrics["playlist_hits"]["arms"][arm]
+        cells = [title, f"{hit['playlist_hits']:.3f} {interval(hit['playlist_hits_ci'], lambda x: f'{x:.3f}')}"]
         for name in ("engagement", "affinity"):
             mean, none = (metrics[name]["arms"][of][name] for of in (arm, "none"))
             cells += [f"{mean:.3f}", "" if arm == "none" else f"{100 * (mean / none - 1):+.0f}%".replace("-", "−")]
@@ -238,12 +238,12 @@ def music_table() -> str:
         cells.append("" if auc is None else f"{auc['auc']:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| difference | hit rate | predicted engagement | AUC |", "|---|---|---|---|"]
-    rows = [(f"kto: {row['name']}", whole, row["name"]) for row in metrics["hit_rate"]["comparisons"]]
+    rows = [(f"kto: {row['name']}", whole, row["name"]) for row in metrics["playlist_hits"]["comparisons"]]
     rows += [(f"{name}: {of}", content["experiments"][name], of) for name in ("lm", "engagement")
              for of in ("true minus random", "true minus static")]  # fmt: skip
     for title, found, of in rows:
         cells = []
-        for metric in ("hit_rate", "engagement", "auc"):
+        for metric in ("playlist_hits", "engagement", "auc"):
             tested = next(one for one in (found, *found["other_metrics"]) if one["metric"]["name"] == metric)
             row = next((row for row in tested["comparisons"] if row["name"] == of), None)
             cells.append("" if row is None else f"{signed(row['difference'])} {interval(row['ci'], signed)}, p "

@@ -152,7 +152,7 @@ class ObjectiveConfig:
 
     Args:
         name: ``lm``: the completion's log-likelihood (paper, Eq. 4), of engaged rows alone where the table has labels;
-            ``kto``: Kahneman-Tversky optimisation (Ethayarajh et al. 2024, Eq. 7 and 8) of yes/no labels against the
+            ``kto``: Kahneman-Tversky optimisation (Ethayarajh et al. 2024, Eq. 7) of yes/no labels against the
             frozen model without prefix; ``engagement``: the weighted cross-entropy that the paper prints (Eq. 5).
         beta: kto: how fast value saturates as a completion gets likelier or less likely than under the frozen model.
         desirable_weight: kto: weight of engaged rows.
@@ -282,8 +282,8 @@ class EvaluationConfig:
         max_new_tokens: length of those answers.
         attribute: column of the example table, such as country or genre, that colours the map of the users by each
             one's commonest value; empty: clusters of their vectors.
-        headline: metric that the verdict rests on; empty: ``hit_rate`` where playlists are judged, else ``auc`` with
-            ``kto`` and ``engagement``, else ``nats_per_token``.
+        headline: metric that the verdict rests on; empty: ``playlist_hits`` where playlists are judged, else ``auc``
+            with ``kto`` and ``engagement``, else ``nats_per_token``.
         playlists: what generated playlists are judged with.
         seed: seed of the random arm, of the bootstrap, of the samples and of the playlists.
     """

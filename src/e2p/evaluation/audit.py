@@ -130,9 +130,11 @@ def _playlists(about: Mapping[str, Any] | None, metrics: Sequence[Mapping[str, A
     means = {
         one["metric"]["name"]: {arm: found[one["metric"]["name"]] for arm, found in one["arms"].items()}
         for one in metrics
-        if one["metric"]["name"] in ("engagement", "hit_rate")
+        if one["metric"]["name"] in ("engagement", "playlist_hits")
     }
-    return dict(about) | ({"agreement": agreement(means["engagement"], means["hit_rate"])} if len(means) == 2 else {})
+    if len(means) < 2:
+        return dict(about)
+    return dict(about) | {"agreement": agreement(means["engagement"], means["playlist_hits"])}
 
 
 def _of_metric(

@@ -12,7 +12,7 @@ import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from e2p.config import DataConfig, RunConfig
+from e2p.config import ARMS, DataConfig, RunConfig
 from e2p.config_io import from_dict, load_yaml, save_yaml, to_dict
 from e2p.data.sources import cache_root
 from e2p.data.tables import content_key, example_batches, write_frame
@@ -304,6 +304,10 @@ def _possible_arms(
 ) -> tuple[tuple[str, ...], TokenisedExamples | None, list[str]]:
     """The arms asked for that these tables and this adapter allow, examples with profiles, and what is left out why."""
     names, warnings = tuple(arm for arm in config.evaluation.arms if arm != "rerank"), []
+    # Among all arms, the default, it is there for those who have the tables.
+    asked = config.evaluation.arms
+    if "rerank" in asked and asked != ARMS and not config.evaluation.playlists.items:
+        warnings.append("The arm rerank is left out: it needs the tables of evaluation.playlists.")
     if "null" in names and not e2p.projector.config.null_prob and not inputs.counts["null_user_without_vector"]:
         names = tuple(name for name in names if name != "null")
         warnings.append("The arm null is left out: with projector.null_prob 0 the null user has not been trained.")

@@ -38,7 +38,7 @@ _KNOWN: dict[str, tuple[str, Direction]] = {
     "auc": ("AUC", "higher"),
     "engagement": ("engagement", "higher"),
     "affinity": ("affinity", "higher"),
-    "hit_rate": ("playlist hit rate", "higher"),
+    "playlist_hits": ("playlist hit rate", "higher"),
     "on_request": ("share on request", "higher"),
     "known": ("share known", "lower"),
     "invented": ("share invented", "lower"),

@@ -14,7 +14,7 @@ from e2p.evaluation.tables import Metric, Table
 GAIN = "gain over none, %"
 # Metrics in the order of the columns; of those marked, the gain over the bare model follows.
 _COLUMNS = (
-    ("hit_rate", "hit rate", False),
+    ("playlist_hits", "hit rate", False),
     ("engagement", "predicted engagement", True),
     ("affinity", "affinity", True),
     ("on_request", "on request", False),
@@ -72,7 +72,7 @@ def playlist_table(results: Mapping[str, Any]) -> Table:
         name = Metric.of(section).name
         means[name] = {arm: float(figures[name]) for arm, figures in section["arms"].items() if name in figures}
     readings = results["playlists"].get("readings") or {}
-    arms = arm_order([*readings, *means.get("hit_rate", {})])
+    arms = arm_order([*readings, *means.get("playlist_hits", {})])
     columns: dict[str, list[list[str]]] = {"arm": [arms]}
     for name, heading, gained in _COLUMNS:
         if found := means.get(name):

@@ -20,12 +20,12 @@ from e2p.data.batches import Ints
 from e2p.data.sources import open_table
 from e2p.data.vectors import to_vectors
 from e2p.errors import DataError
-from e2p.evaluation.engagement import EngagementPredictor, affinity, agreement, features, judge_predictor
+from e2p.evaluation.engagement import EngagementPredictor, affinity, features, judge_predictor
 from e2p.items.catalogue import Catalogue, ReadBack, entries_of, load_catalogue, playlist_text, read_back, reading
 from e2p.items.retrieval import rerank
 from e2p.training.inputs import RunInputs
 
-METRICS = ("hit_rate", "engagement", "affinity", "on_request", "known", "invented")
+METRICS = ("playlist_hits", "engagement", "affinity", "on_request", "known", "invented")
 _ROWS = 65_536
 Floats = npt.NDArray[np.float32]
 
@@ -94,9 +94,6 @@ def load_shelf(settings: PlaylistsConfig, source: str, inputs: RunInputs, seed: 
     examples = _column(source, "query", "items")
     lists = [_rows_of(ids or [], catalogue) for ids in examples["items"].to_list()]
     train = inputs.rows("train")
-    longest = max((len(lists[row]) for row in train), default=0)
-    if not longest:
-        raise DataError(f"{source}: items: expected the item ids of each playlist, got none in training; add them")
     queries = _queries(settings.queries, catalogue)
     asked = examples["query"].cast(pl.String).to_list()
     lost = [row for row in train if not len(lists[row])]
@@ -109,6 +106,7 @@ def load_shelf(settings: PlaylistsConfig, source: str, inputs: RunInputs, seed: 
     if unknown is not None:
         raise DataError(f"{source}: row {unknown}: query {asked[unknown]!r} is not in {settings.queries}; add it there")
     known = _by_user(_column(settings.known, "user_id", "item_id"), catalogue)
+    longest = max(len(lists[row]) for row in train)
     shelf = Shelf(catalogue, queries, plays, known, asked, lists, longest)
     return dataclasses.replace(shelf, predictor=_predictor(shelf, inputs, seed, resamples))
 
@@ -176,7 +174,7 @@ def judge_playlists(answers: pl.DataFrame, shelf: Shelf, inputs: RunInputs) -> t
 
     An item that the user's vector was made of is no news to him: naming it back would look like affinity and like
     engagement, so such entries are set aside, in all arms, and counted (``known``). Metrics, each a mean over an
-    example's draws: ``hit_rate``: share of the new entries that are held-out plays of the user, each counted once;
+    example's draws: ``playlist_hits``: share of the new entries that are held-out plays of the user, each counted once;
     ``engagement``: probability by a classifier that was trained on the training users' labels (only where there are
     labels), 0 for a list that names nothing new; ``affinity``: mean cosine of the user's vector with the new items';
     ``on_request``: share of the new entries that answer the query; ``known``: share of the entries that the vector was
@@ -190,8 +188,8 @@ def judge_playlists(answers: pl.DataFrame, shelf: Shelf, inputs: RunInputs) -> t
 
     Returns:
         example_id, user_id, arm, metric, value; and for JSON: ``predictor`` (None without labels), ``readings`` of
-        each arm, ``agreement`` of engagement and hits over the arms, ``longest``,
-        ``users_without_plays``: test users whose every hit rate is 0.
+        each arm, ``longest``, ``users_without_plays``: test users whose every hit rate is 0. How engagement and hits
+        agree over the arms, the audit adds.
     """
     texts = [_shown(text, cut, shelf.longest) for text, cut in answers.select("text", "cut").iter_rows()]
     read = read_back(texts, shelf.catalogue)
@@ -204,23 +202,17 @@ def judge_playlists(answers: pl.DataFrame, shelf: Shelf, inputs: RunInputs) -> t
     means = frame.group_by("example_id", "user_id", "arm", maintain_order=True).agg(pl.col(frame.columns[3:]).mean())
     names = [name for name in METRICS if name in means.columns]
     scores = means.unpivot(names, index=["example_id", "user_id", "arm"], variable_name="metric")
-    by_arm = means.group_by("arm", maintain_order=True).agg(pl.col(names).mean())
     arms = answers["arm"].to_numpy()
     readings = {}
-    for arm in by_arm["arm"].to_list():
+    for arm in dict.fromkeys(arms.tolist()):
         own = [one for one, mine in zip(read, arms == arm, strict=True) if mine]
         readings[str(arm)] = reading(own) | {"entries_an_answer": sum(one.entries for one in own) / len(own)}
-    found: dict[str, Any] = {
+    return scores, {
         "predictor": about,
         "readings": readings,
         "longest": shelf.longest,
         "users_without_plays": sum(not shelf.plays.get(user) for user in set(answers["user_id"].to_list())),
-        "agreement": None,
     }
-    if predictor is not None:
-        hits, liked = (dict(by_arm.select("arm", name).iter_rows()) for name in ("hit_rate", "engagement"))
-        found["agreement"] = agreement(liked, hits)
-    return scores, found
 
 
 def _shown(text: str, cut: bool, longest: int) -> str:
@@ -246,7 +238,7 @@ def _measured(
         count = max(one.entries - (len(one.items) - len(fresh)), 1)
         answers = offered[str(shelf.asked[rows[at]])]
         new.append(np.array(fresh, np.int64))
-        found["hit_rate"][at] = sum(item in held for item in fresh) / count
+        found["playlist_hits"][at] = sum(item in held for item in fresh) / count
         found["on_request"][at] = sum(item in answers for item in fresh) / count
         found["known"][at] = (len(one.items) - len(fresh)) / max(one.entries, 1)
         found["invented"][at] = one.inventions / max(one.entries, 1)
@@ -293,8 +285,7 @@ def _labelled(shelf: Shelf, inputs: RunInputs, part: str) -> Ints:
 
 def _features(shelf: Shelf, inputs: RunInputs, rows: Ints, lists: Sequence[Ints]) -> Floats:
     """Of the rows' users and queries with these playlists."""
-    nothing = np.zeros(shelf.catalogue.dim, np.float32)
-    queries = np.stack([shelf.queries.get(str(shelf.asked[row]), (nothing, None))[0] for row in rows])
+    queries = np.stack([shelf.queries[str(shelf.asked[row])][0] for row in rows])
     return features(_user_vectors(inputs, rows), queries, [shelf.catalogue.vectors[items] for items in lists])
 
 
