@@ -12,27 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from seeds import run_seeds, write_results
+from seeds import placed, run_seeds, write_results
 
-from e2p.config import BackboneConfig, ObjectiveConfig, ProjectorConfig, RunConfig, TrainingConfig
+from e2p.config import ObjectiveConfig, RunConfig, TrainingConfig
 from e2p.config_io import load_yaml
 from e2p.tasks.music import prepare
 
 
 def settings(tables: Path, backbone: str, output: Path) -> RunConfig:
     """The settings that the search on validation data chose."""
-    config = load_yaml(tables / "config.yaml")
     return replace(
-        config,
-        # On a CPU the plain attention of short sequences is faster than the fused one, above all backwards.
-        backbone=BackboneConfig(model=backbone, attn="eager"),
-        # Relative, so that the committed results name no folder of the machine that made them.
-        data=replace(
-            config.data,
-            examples=str(tables / "examples.parquet"),
-            embeddings=str(tables / "embeddings.parquet"),
-        ),
-        projector=ProjectorConfig(hidden_dim=512, user_scale=0.5),
+        placed(load_yaml(tables / "config.yaml"), tables, backbone),
         training=TrainingConfig(epochs=2, batch_size=32, learning_rate=1e-2, weight_decay=0.3),
         output=str(output),
     )

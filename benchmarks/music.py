@@ -16,8 +16,9 @@ from typing import Any
 
 import polars as pl
 from rich.console import Console
+from seeds import placed
 
-from e2p.config import BackboneConfig, EvaluationConfig, ObjectiveConfig, ProjectorConfig, RunConfig, TrainingConfig
+from e2p.config import EvaluationConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from e2p.config_io import load_yaml
 from e2p.evaluation.answers import open_shelf
 from e2p.evaluation.audit import ANSWERS, Scored, audit, load_scored
@@ -50,22 +51,17 @@ OBJECTIVES = {
 }
 
 
+LIKELIHOODS = ["nll", "tokens", "bytes", "context_tokens", "auc"]
+
+
 def settings(tables: Path, backbone: str, objective: str, output: Path) -> RunConfig:
-    """One objective's run; paths are relative, so that the committed results name no folder of the machine."""
+    """One objective's run."""
     config = load_yaml(tables / "config.yaml")
     chosen, budget = OBJECTIVES[objective]
     at = {name: str(tables / Path(getattr(config.evaluation.playlists, name)).name)
           for name in ("items", "queries", "plays", "known")}  # fmt: skip
     return replace(
-        config,
-        # On a CPU the plain attention of short sequences is faster than the fused one, above all backwards.
-        backbone=BackboneConfig(model=backbone, attn="eager"),
-        data=replace(
-            config.data,
-            examples=str(tables / "examples.parquet"),
-            embeddings=str(tables / "embeddings.parquet"),
-        ),
-        projector=ProjectorConfig(hidden_dim=512, user_scale=0.5),
+        placed(config, tables, backbone),
         objective=chosen,
         training=replace(budget, tokens_per_pass=2048),
         evaluation=EvaluationConfig(
@@ -87,8 +83,8 @@ def judged_again(run: Path) -> list[Scored]:
     for folder in seeds(run):
         (one,) = load_scored(folder)
         scores, about = judge_playlists(pl.read_parquet(folder / ANSWERS), shelf, inputs)
-        others = one.scores.filter(~pl.col("metric").is_in([*METRICS, "played"]))
-        again = dict(one.about) | {"playlists": about}
+        others = one.scores.filter(pl.col("metric").is_in(LIKELIHOODS))
+        again = dict(one.about) | {"playlists": about, "headline": METRICS[0]}
         found.append(replace(one, scores=pl.concat([others, scores.select(others.columns)]), about=again))
     return found
 

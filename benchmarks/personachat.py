@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from seeds import run_seeds, write_results
+from seeds import placed, run_seeds, write_results
 
-from e2p.config import BackboneConfig, ProjectorConfig, RunConfig, TrainingConfig
+from e2p.config import RunConfig, TrainingConfig
 from e2p.config_io import load_yaml
 from e2p.tasks.personachat import prepare
 from e2p.users.extract import embed
@@ -23,14 +23,8 @@ from e2p.users.extract import embed
 
 def settings(tables: Path, embeddings: Path, backbone: str, output: Path) -> RunConfig:
     """The settings that the search on validation data chose."""
-    config = load_yaml(tables / "config.yaml")
     return replace(
-        config,
-        # On a CPU the plain attention of short sequences is faster than the fused one, above all backwards.
-        backbone=BackboneConfig(model=backbone, attn="eager"),
-        # Relative, so that the committed results name no folder of the machine that made them.
-        data=replace(config.data, examples=str(tables / "examples.parquet"), embeddings=str(embeddings)),
-        projector=ProjectorConfig(hidden_dim=512, user_scale=0.5),
+        placed(load_yaml(tables / "config.yaml"), tables, backbone, embeddings),
         training=TrainingConfig(epochs=2, batch_size=32, learning_rate=1e-2, weight_decay=1.0),
         output=str(output),
     )

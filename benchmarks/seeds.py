@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from e2p.config import RunConfig
+from e2p.config import BackboneConfig, ProjectorConfig, RunConfig
 from e2p.evaluation.aggregate import aggregate
 from e2p.evaluation.judge import judge
 from e2p.evaluation.report import load_results, write_report
@@ -18,6 +19,21 @@ from e2p.model.e2p import text_encoder
 from e2p.provenance import provenance
 from e2p.training.inputs import load_inputs
 from e2p.training.run import TRAINED_ARMS, arm_folder, prepare_folder, train_arm, with_seed
+
+
+def placed(config: RunConfig, tables: Path, backbone: str, embeddings: Path | None = None) -> RunConfig:
+    """What the benchmarks share: the backbone, the tables' places and a wide phi.
+
+    Places are relative, so that the committed results name no folder of the machine that made them.
+    """
+    embeddings = embeddings or tables / "embeddings.parquet"
+    return replace(
+        config,
+        # On a CPU the plain attention of short sequences is faster than the fused one, above all backwards.
+        backbone=BackboneConfig(model=backbone, attn="eager"),
+        data=replace(config.data, examples=str(tables / "examples.parquet"), embeddings=str(embeddings)),
+        projector=ProjectorConfig(hidden_dim=512, user_scale=0.5),
+    )
 
 
 def run_seeds(
