@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from e2p.config import BackboneConfig, DataConfig, EvaluationConfig, ProjectorConfig, RunConfig, TrainingConfig
 from e2p.config_io import save_yaml
@@ -15,6 +16,7 @@ from e2p.data.tables import write_embeddings
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import text_encoder
 from e2p.training.inputs import RunInputs, load_inputs
+from e2p.training.run import train_arm
 from tiny import tiny_backbone
 
 WORDS = ("jazz", "soul", "music", "home")
@@ -91,6 +93,17 @@ def inputs_of(config: RunConfig) -> tuple[FrozenBackbone, RunInputs]:
     backbone = FrozenBackbone.load(config.backbone, config.training.precision)
     encoder = text_encoder(backbone, config.data, config.projector.prefix_tokens)
     return backbone, load_inputs(config.data, encoder, config.projector.position)
+
+
+def assert_resumes(config: RunConfig, loaded: tuple[Any, Any], folder: Path) -> None:
+    """A training that was killed while it wrote its last checkpoint goes on to what it would have come to."""
+    whole, record = train_arm(config, *loaded, "e2p", folder / "whole", None)
+    train_arm(config, *loaded, "e2p", folder / "parts", None)
+    (folder / "parts" / "checkpoints" / f"checkpoint-{record['steps']}" / "trainer_state.json").unlink()
+    resumed, again = train_arm(config, *loaded, "e2p", folder / "parts", None, resume=True)
+    assert again["steps"] == record["steps"]
+    for name, value in whole.projector.state_dict().items():
+        torch.testing.assert_close(resumed.projector.state_dict()[name], value, atol=1e-6, rtol=0)
 
 
 def write_config(config: RunConfig, path: Path) -> str:

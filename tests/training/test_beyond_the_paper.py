@@ -22,7 +22,7 @@ from e2p.training.criteria import Likelihood
 from e2p.training.inputs import RunInputs, strangers
 from e2p.training.run import train, train_arm
 from e2p.training.trainer import E2PTrainer
-from tiny_run import inputs_of, tiny_run, with_training
+from tiny_run import assert_resumes, inputs_of, tiny_run, with_training
 
 CONTRAST = ObjectiveConfig(contrast=0.7, contrast_margin=0.2)
 DISTILL = ObjectiveConfig(distill=0.7)
@@ -108,16 +108,7 @@ def test_the_distilling_step_is_what_a_loop_over_examples_gives(
 def test_a_resumed_training_draws_the_same_strangers(
     base: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path, objective: ObjectiveConfig
 ) -> None:
-    config = replace(base, objective=objective)
-    whole, record = train_arm(config, *loaded, "e2p", tmp_path / "whole", None)
-    train_arm(config, *loaded, "e2p", tmp_path / "parts", None)
-    for later in (tmp_path / "parts" / "checkpoints").glob("checkpoint-*"):
-        if int(later.name.split("-")[1]) == record["steps"]:
-            (later / "trainer_state.json").unlink()  # as if killed while it was written
-    resumed, again = train_arm(config, *loaded, "e2p", tmp_path / "parts", None, resume=True)
-    assert again["steps"] == record["steps"]
-    for name, value in whole.projector.state_dict().items():
-        torch.testing.assert_close(resumed.projector.state_dict()[name], value, atol=1e-6, rtol=0)
+    assert_resumes(replace(base, objective=objective), loaded, tmp_path)
 
 
 def test_contrast_widens_the_gap_between_own_and_another_users_vector(

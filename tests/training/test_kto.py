@@ -27,7 +27,7 @@ from e2p.training.preferences import Preferences, load_preferences, mismatched
 from e2p.training.run import train, train_arm
 from e2p.training.scoring import loglikelihoods
 from e2p.training.trainer import E2PTrainer
-from tiny_run import PROMPTS, WORDS, inputs_of, tiny_run, with_training
+from tiny_run import PROMPTS, WORDS, assert_resumes, inputs_of, tiny_run, with_training
 
 KTO = ObjectiveConfig(name="kto", beta=0.2)
 EQ5 = ObjectiveConfig(name="engagement", alpha=0.5, per_token=True)
@@ -426,15 +426,7 @@ def test_labels_of_one_kind_almost_alone_train(tmp_path: Path, objective: Object
 def test_a_resumed_training_goes_on_as_if_nothing_had_happened(
     base: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path, objective: ObjectiveConfig
 ) -> None:
-    config = replace(base, objective=objective)
-    whole, record = train_arm(config, *loaded, "e2p", tmp_path / "whole", None)
-    train_arm(config, *loaded, "e2p", tmp_path / "parts", None)
-    for later in (tmp_path / "parts" / "checkpoints").glob("checkpoint-*"):
-        if int(later.name.split("-")[1]) == record["steps"]:
-            (later / "trainer_state.json").unlink()  # as if killed while it was written
-    resumed, _ = train_arm(config, *loaded, "e2p", tmp_path / "parts", None, resume=True)
-    for name, value in whole.projector.state_dict().items():
-        torch.testing.assert_close(resumed.projector.state_dict()[name], value, atol=1e-6, rtol=0)
+    assert_resumes(replace(base, objective=objective), loaded, tmp_path)
 
 
 def test_language_modelling_takes_no_part_in_what_was_passed_over(tmp_path: Path) -> None:
