@@ -74,7 +74,7 @@ def kto_losses(
     beta: float,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> Float[Tensor, "b"]:
-    """Kahneman-Tversky loss of each row (Ethayarajh et al. 2024, Eq. 7 and 8, without the constant).
+    """Kahneman-Tversky loss of each row (Ethayarajh et al. 2024, Eq. 7).
 
     With r = log p(policy) - log p(reference): weight * (1 - sigmoid(beta (r - z0))) of an engaged row,
     weight * (1 - sigmoid(beta (z0 - r))) of another. Computed as the sigmoid of the negative, in float32 at least.

@@ -173,7 +173,7 @@ def _hash(ids: npt.NDArray[np.int32]) -> int:
 def balanced_weights(engaged: int, others: int) -> tuple[float, float]:
     """Weights under which both kinds of rows count alike, while the mean weight over rows is 1.
 
-    Their ratio is the lower end of what the authors of KTO advise (Ethayarajh et al. 2024, Section 4.2: 1 to 3/2).
+    Their ratio is the lower end of the range that the authors of KTO advise (Ethayarajh et al. 2024).
     """
     return (engaged + others) / (2 * engaged), (engaged + others) / (2 * others)
 
