@@ -34,7 +34,7 @@ from e2p.training.run import train, with_seed
 # What does not depend on the objective is judged once.
 ARMS = {
     "kto": ("none", "random", "e2p", "rerank"),
-    "lm": ("static", "random", "e2p"),
+    "lm": ("static", "shuffled", "random", "e2p"),
     "engagement": ("random", "e2p"),
 }
 # The best of a few that were tried on the validation listeners (docs/findings.md).
@@ -92,14 +92,15 @@ def judged_again(run: Path) -> list[Scored]:
 def together(runs: dict[str, list[Scored]]) -> list[Scored]:
     """The scores of the kto run with the other objectives' own users beside them, seed by seed.
 
-    The static control is lm's: labels that are balanced text by text teach a token that knows no user nothing.
+    The static and the shuffled control are lm's: labels that are balanced text by text teach nothing to what knows no
+    user, or the wrong one.
     """
     by_seed = {name: {one.seed: one for one in scored} for name, scored in runs.items()}
     found = []
     for seed, one in by_seed["kto"].items():
         parts = [one.scores]
         for name in ("lm", "engagement"):
-            own = by_seed[name][seed].scores.filter(pl.col("arm").is_in(["e2p", "static"]))
+            own = by_seed[name][seed].scores.filter(pl.col("arm").is_in(["e2p", "static", "shuffled"]))
             parts.append(own.with_columns(arm=pl.col("arm").replace({"e2p": f"e2p {name}"})))
         found.append(Scored("music", pl.concat(parts), seed, one.covariates, one.about))
     return found

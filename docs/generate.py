@@ -206,6 +206,7 @@ def why_table() -> str:
 MUSIC = {
     "none": "none",
     "static": "static, lm",
+    "shuffled": "shuffled, lm",
     "random": "random, kto",
     "e2p": "**E2P, kto**",
     "e2p lm": "**E2P, lm**",
