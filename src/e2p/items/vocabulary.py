@@ -1,0 +1,74 @@
+"""The codes of a catalogue as tokens of a language model: what it reads as a history and writes as an item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from e2p.errors import BackboneError
+from e2p.items.semantic_ids import SemanticIds
+from e2p.items.trie import Trie
+
+
+@dataclass(frozen=True, eq=False)
+class CodeVocabulary:
+    """Codes, the trie of the valid ones, and the token that stands for each.
+
+    Args:
+        ids: the catalogue's codes.
+        tokens: for each of the L levels the token ids of its codes, int64 [size].
+    """
+
+    ids: SemanticIds
+    tokens: tuple[Int[Tensor, "size"], ...]
+
+    @classmethod
+    def of(cls, ids: SemanticIds, tokenizer: Any) -> CodeVocabulary:
+        """The codes as a tokenizer knows them.
+
+        Raises:
+            BackboneError: a code is not one token of its own: the backbone has not been adapted to these codes.
+        """
+        names = ids.token_names()
+        known = tokenizer.get_vocab()
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise BackboneError(
+                f"{ids.source}: expected a backbone with a token for each of {len(names):,} codes, got none for "
+                f"{missing[0]} and {len(missing) - 1:,} others; run e2p adapt with these codes first"
+            )
+        bounds = pairwise(accumulate(ids.sizes, initial=0))
+        return cls(ids, tuple(torch.tensor([known[name] for name in names[low:high]]) for low, high in bounds))
+
+    @cached_property
+    def trie(self) -> Trie:
+        """What may follow what, by the items' rows in :attr:`ids`."""
+        return Trie.build(self.ids.codes, self.ids.sizes)
+
+    @property
+    def levels(self) -> int:
+        """L, the codes of an item."""
+        return len(self.tokens)
+
+
+def add_code_tokens(tokenizer: Any, ids: SemanticIds) -> int:
+    """Let a tokenizer read every code as one token, white space before it included; returns how many are new.
+
+    Such a token swallows the spaces before it, so that codes cost nothing but themselves wherever they stand.
+    """
+    from tokenizers import AddedToken
+
+    tokens = [AddedToken(name, lstrip=True, normalized=False, special=False) for name in ids.token_names()]
+    return int(tokenizer.add_tokens(tokens))
+
+
+def items_text(ids: SemanticIds, rows: Sequence[int]) -> str:
+    """Items as a text, codes side by side and a space between items: ``<a_1><b_2> <a_3><b_4>``."""
+    return " ".join("".join(ids.tokens(row)) for row in rows)
