@@ -30,6 +30,7 @@ COMMANDS = {
     "prepare music": Command("e2p.tasks.music", "prepare", "Last.fm listening to playlists and vectors"),
     "embed": Command("e2p.users.extract", "embed", "texts to user vectors"),
     "behaviour": Command("e2p.users.behaviour", "behaviour", "plays, clicks or ratings to user vectors"),
+    "adapt": Command("e2p.items.adapt", "adapt", "teach a backbone a catalogue's codes, before phi is trained"),
     "train": Command("e2p.training.run", "train", "learn the projection from your tables"),
     "evaluate": Command("e2p.evaluation.evaluate", "evaluate", "judge runs against their controls"),
     "report": Command("e2p.evaluation.report", "report", "write a run's report again; loads no model"),

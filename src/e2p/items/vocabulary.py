@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from e2p.errors import BackboneError
-from e2p.items.semantic_ids import SemanticIds
+from e2p.items.semantic_ids import SemanticIds, read_codes
 from e2p.items.trie import Trie
 
 
@@ -56,6 +57,15 @@ class CodeVocabulary:
     def levels(self) -> int:
         """L, the codes of an item."""
         return len(self.tokens)
+
+
+def open_codes(source: str | Path) -> SemanticIds:
+    """Codes from a folder that :meth:`SemanticIds.save` has written, or ready ones from a JSON file.
+
+    Raises:
+        DataError: they are not there, or unfit; with the file.
+    """
+    return SemanticIds.load(source) if Path(source).is_dir() else read_codes(source)
 
 
 def add_code_tokens(tokenizer: Any, ids: SemanticIds) -> int:
