@@ -171,29 +171,34 @@ def padded(sequences: list[Ints]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(codes), torch.from_numpy(real)
 
 
-def ranks(scores: Tensor, targets: Ints, histories: list[Ints]) -> dict[str, Ints]:
+def ranks(
+    scores: Tensor, targets: Ints, histories: list[Ints], readings: tuple[str, ...] = READINGS
+) -> dict[str, Ints]:
     """Rank of each target among all items [B, items], and with the user's earlier items put last; ties: the middle."""
     wanted = torch.from_numpy(targets)[:, None]
     found = {}
-    for reading in READINGS:
+    for reading in readings:
         if reading == "unseen":
             rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
             scores = scores.clone()
             scores[torch.from_numpy(rows), torch.from_numpy(np.concatenate(histories))] = -torch.inf
         own = scores.gather(1, wanted)
-        better, equal = (scores > own).sum(1), (scores == own).sum(1) - 1
-        found[reading] = (1 + better + (equal + 1) // 2).numpy()
+        # Counted from below, so that a score that is not a number stands last and not first.
+        worse, equal = (scores < own).sum(1), (scores == own).sum(1)
+        found[reading] = (1 + scores.shape[1] - worse - equal + equal // 2).numpy()
     return found
 
 
 @torch.no_grad()
-def rank_all(data: Data, queries: Queries, model: SASRec | None, length: int, size: int = 256) -> dict[str, Ints]:
+def rank_all(
+    data: Data, queries: Queries, model: SASRec | None, length: int, readings: tuple[str, ...] = READINGS
+) -> dict[str, Ints]:
     """Ranks of all queries by a model, or by popularity: for no model, and for queries without history."""
     popular = torch.from_numpy(np.bincount(np.concatenate(data.train), minlength=data.items)).float()
-    found = {reading: np.zeros(len(queries.targets), np.int64) for reading in READINGS}
+    found = {reading: np.zeros(len(queries.targets), np.int64) for reading in readings}
     # Like lengths together; those without a history come first.
     order = np.argsort([min(len(history), length) for history in queries.histories], kind="stable")
-    for chosen in np.split(order, range(size, len(order), size)):
+    for chosen in np.split(order, range(256, len(order), 256)):
         histories = [queries.histories[i] for i in chosen]
         scores = popular.expand(len(chosen), -1).clone()
         some = [row for row, history in enumerate(histories) if len(history)]
@@ -202,7 +207,7 @@ def rank_all(data: Data, queries: Queries, model: SASRec | None, length: int, si
             codes, real = padded([histories[row][-length:] for row in some])
             last = model(codes)[torch.arange(len(some)), real.sum(1) - 1]
             scores[some] = last @ model.items.weight.T
-        for reading, values in ranks(scores, queries.targets[chosen], histories).items():
+        for reading, values in ranks(scores, queries.targets[chosen], histories, readings).items():
             found[reading][chosen] = values
     return found
 
@@ -251,7 +256,7 @@ def fit(data: Data, settings: Settings, seed: int) -> tuple[SASRec, dict[str, An
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        found = per_query(rank_all(data, data.validation, model, settings.max_length)["all"])
+        found = per_query(rank_all(data, data.validation, model, settings.max_length, ("all",))["all"])
         figures = {name: round(float(found[name].mean()), 5) for name in ("recall@5", "recall@10", "ndcg@10")}
         history.append({"epoch": epoch, "loss": round(float(np.mean(losses)), 4), **figures})
         print(f"seed {seed}: {history[-1]}, {time.perf_counter() - started:.1f} s", flush=True)

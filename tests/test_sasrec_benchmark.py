@@ -69,6 +69,8 @@ def test_ranks_and_metrics_equal_those_counted_by_hand(script: dict[str, Any]) -
             better = sum(other > value[target] for other in value)
             equal = sum(other == value[target] for other in value) - 1
             assert found[reading][row] == 1 + better + math.ceil(equal / 2)
+    broken = torch.full((1, 50), torch.nan)
+    assert script["ranks"](broken, targets[:1], histories[:1])["all"].tolist() == [51]
     metrics = script["per_query"](np.array([1, 5, 6, 11, 31]))
     assert metrics["recall@5"].tolist() == [1, 1, 0, 0, 0]
     assert metrics["recall@30"].tolist() == [1, 1, 1, 1, 0]
