@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import polars as pl
 from e2p.errors import DataError
 
 Ints = npt.NDArray[np.int64]
+START = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Data:
     about: dict[str, Any]
 
 
-def from_sequences(path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Interactions and held-out examples of a file of ``user item item ...``; a timestamp is a place in the line."""
+def from_sequences(path: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.Series]:
+    """Interactions, examples and items of a file of ``user item item ...``; times as `e2p prepare` makes them up."""
     users: list[str] = []
     lines: list[list[str]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -54,18 +56,20 @@ def from_sequences(path: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
             "join the lines of a user"
         )
     table = pl.DataFrame({"user_id": users, "item_id": lines}).explode("item_id")
-    table = table.with_columns(timestamp=pl.int_range(pl.len(), dtype=pl.Int64).over("user_id"))
-    from_end = pl.len().over("user_id") - 1 - pl.col("timestamp")
+    place = pl.int_range(pl.len(), dtype=pl.Int64).over("user_id")
+    from_end = pl.int_range(pl.len(), dtype=pl.Int64).reverse().over("user_id")
+    table = table.with_columns(timestamp=START + place * timedelta(days=1))
     parts = pl.when(from_end == 0).then(pl.lit("test")).when(from_end == 1).then(pl.lit("validation"))
-    return table, table.with_columns(split=parts.otherwise(pl.lit("train")))
+    return table, table.with_columns(split=parts.otherwise(pl.lit("train"))), table["item_id"]
 
 
-def from_tables(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Interactions and examples that ``e2p prepare nextitem`` wrote."""
+def from_tables(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame, pl.Series]:
+    """Interactions, examples and items that ``e2p prepare nextitem`` wrote."""
     tables = []
     for name, wanted in (
         ("interactions", ["user_id", "item_id", "timestamp"]),
         ("examples", ["user_id", "timestamp", "item_id", "split"]),
+        ("items", ["item_id"]),
     ):
         path = folder / f"{name}.parquet"
         if not path.is_file():
@@ -75,10 +79,10 @@ def from_tables(folder: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
         if missing:
             raise DataError(f"{path}: expected the columns {wanted}, got none named {missing}; prepare it again")
         tables.append(table.select(wanted))
-    return tables[0], tables[1]
+    return tables[0], tables[1], tables[2]["item_id"]
 
 
-def load(interactions: pl.DataFrame, examples: pl.DataFrame) -> Data:
+def load(interactions: pl.DataFrame, examples: pl.DataFrame, items: pl.Series) -> Data:
     """Code the items, cut off what is held out, and put the history before each query.
 
     A split by time (every training example before the first validation one) trains on interactions before that moment;
@@ -88,7 +92,7 @@ def load(interactions: pl.DataFrame, examples: pl.DataFrame) -> Data:
     for part in ("validation", "test"):
         if not held.filter(pl.col("split") == part).height:
             raise DataError(f"examples: expected rows with the split {part}, got none; prepare them again")
-    ids = pl.concat([interactions["item_id"], examples["item_id"]]).unique().sort()
+    ids = pl.concat([items, interactions["item_id"], examples["item_id"]]).unique().sort()
     codes = pl.DataFrame({"item_id": ids}).with_row_index("code").with_columns(pl.col("code").cast(pl.Int64))
     told = interactions.join(codes, on="item_id").sort("user_id", "timestamp", maintain_order=True)
     start = held.filter(pl.col("split") == "validation")["timestamp"].min()

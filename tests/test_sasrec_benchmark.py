@@ -122,15 +122,17 @@ def tables(folder: Path, by_time: bool) -> Path:
     table = table.with_columns(timestamp=began + pl.col("timestamp") * timedelta(minutes=1), split=pl.Series(split))
     table.drop("split").write_parquet(folder / "interactions.parquet")
     table.write_parquet(folder / "examples.parquet")
+    pl.DataFrame({"item_id": ["never", "w", "x", "y", "z"]}).write_parquet(folder / "items.parquet")
     return folder
 
 
 @pytest.mark.parametrize("by_time", [True, False])
 def test_training_stops_before_what_is_held_out(script: dict[str, Any], tmp_path: Path, by_time: bool) -> None:
     data = script["load"](*script["from_tables"](tables(tmp_path, by_time)))
-    names = np.array(["w", "x", "y", "z"])
+    names = np.array(["never", "w", "x", "y", "z"])
     # "b" plays "w" in the minute of a validation example of "a": by time, it is a test row and never trained on.
     assert [names[codes].tolist() for codes in data.train] == [["x", "y"], ["y", "z"], *([] if by_time else [["y"]])]
+    assert data.items == len(names)
     assert data.about["split"] == ("time" if by_time else "each user's last")
     asked = [tuple(row) for row in data.test.rows.select("user_id", "item_id").iter_rows()]
     histories = [names[codes].tolist() for codes in data.test.histories]
@@ -139,7 +141,7 @@ def test_training_stops_before_what_is_held_out(script: dict[str, Any], tmp_path
     assert dict(zip(asked, histories, strict=True)) == expected
     assert data.about["test_without_history"] == 1
     # Where nothing is known of a user, the popular items stand first.
-    model = script["SASRec"](4, script["Settings"](hidden=16))
+    model = script["SASRec"](5, script["Settings"](hidden=16))
     alone = asked.index(("c", "y"))
     assert script["rank_all"](data, data.test, model, 50)["all"][alone] == 1
 
