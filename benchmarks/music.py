@@ -20,9 +20,9 @@ from seeds import placed
 
 from e2p.config import EvaluationConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from e2p.config_io import load_yaml
-from e2p.evaluation.answers import open_shelf
 from e2p.evaluation.audit import ANSWERS, Scored, audit, load_scored
 from e2p.evaluation.evaluate import evaluate
+from e2p.evaluation.generated import open_judges
 from e2p.evaluation.playlists import METRICS, judge_playlists
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import text_encoder
@@ -77,7 +77,7 @@ def judged_again(run: Path) -> list[Scored]:
     backbone = FrozenBackbone.load(config.backbone, config.training.precision)
     encoder = text_encoder(backbone, config.data, config.projector.prefix_tokens)
     inputs = load_inputs(config.data, encoder, config.projector.position)
-    shelf = open_shelf(config, inputs, None)
+    shelf = open_judges(config, inputs, backbone).playlists
     assert shelf is not None
     found = []
     for folder in seeds(run):

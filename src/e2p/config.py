@@ -10,7 +10,7 @@ from e2p.errors import ConfigError
 Position = Literal["before_bos", "after_bos", "after_system", "before_completion"]
 Precision = Literal["auto", "float32", "bfloat16"]
 MODEL_ARMS = ("none", "prompt", "static", "random", "shuffled", "null", "e2p", "e2p+prompt")
-ARMS = (*MODEL_ARMS, "rerank")
+ARMS = (*MODEL_ARMS, "rerank", "retrieval", "popularity")
 
 
 def _require(condition: bool, key: str, expected: str, got: object) -> None:
@@ -271,21 +271,58 @@ class PlaylistsConfig:
 
 
 @dataclass(frozen=True)
+class NextItemConfig:
+    """Next items, generated as semantic ids and ranked (`e2p prepare nextitem` writes all three).
+
+    Args:
+        items: table of item_id, item (the name), embedding and popularity; empty: no items are ranked.
+        codes: folder with the items' codes, or a JSON file of ready ones. The backbone must speak them (`e2p adapt`).
+        interactions: table of user_id, item_id and timestamp: what a user had before is not retrieved for him.
+        samples: draws for each query; the different ones of them are ranked by log-probability (paper, Section 4.3).
+        temperature: of the draws.
+        beam: partial codes that are kept in the beam search; also the most items that it ranks.
+        cutoffs: lengths k of the lists that are judged.
+    """
+
+    items: str = ""
+    codes: str = ""
+    interactions: str = ""
+    samples: int = 30
+    temperature: float = 1.0
+    beam: int = 30
+    cutoffs: tuple[int, ...] = (5, 10, 30)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cutoffs", tuple(self.cutoffs))
+        tables = [bool(getattr(self, name)) for name in ("items", "codes", "interactions")]
+        _require(len(set(tables)) == 1, "evaluation.next_item", "items, codes and interactions, or none", self)
+        for name in ("samples", "beam"):
+            _require(getattr(self, name) >= 1, f"evaluation.next_item.{name}", "a number >= 1", getattr(self, name))
+        _require(self.temperature > 0, "evaluation.next_item.temperature", "a number > 0", self.temperature)
+        ks = self.cutoffs
+        ok = bool(ks) and min(ks) >= 1 and list(ks) == sorted(set(ks)) and ks[-1] <= min(self.beam, self.samples)
+        expected = "growing whole numbers from 1 to beam and samples"
+        _require(ok, "evaluation.next_item.cutoffs", expected, self.cutoffs)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How a run is judged.
 
     Args:
         arms: the ways to condition the model; the two with ``prompt`` need a column ``profile``, ``rerank`` is there
-            where playlists are judged.
+            where playlists are judged, ``retrieval`` and ``popularity`` where next items are.
         resamples: bootstrap resamples of the users.
         samples: users for whom one and the same prompt is answered in the report.
         max_new_tokens: length of those answers.
         attribute: column of the example table, such as country or genre, that colours the map of the users by each
             one's commonest value; empty: clusters of their vectors.
-        headline: metric that the verdict rests on; empty: ``playlist_hits`` where playlists are judged, else ``auc``
-            with ``kto`` and ``engagement``, else ``nats_per_token``.
+        headline: metric that the verdict rests on; empty: ``playlist_hits`` where playlists are judged,
+            ``hit_rate@k`` of the longest list where next items are, else ``auc`` with ``kto`` and ``engagement``, else
+            ``nats_per_token``.
         playlists: what generated playlists are judged with.
-        seed: seed of the random arm, of the bootstrap, of the samples and of the playlists.
+        next_item: what generated next items are judged with.
+        seed: seed of the random arm, of the bootstrap, of the samples, of the playlists and of the next items.
     """
 
     arms: tuple[str, ...] = ARMS
@@ -295,13 +332,17 @@ class EvaluationConfig:
     attribute: str = ""
     headline: str = ""
     playlists: PlaylistsConfig = field(default_factory=PlaylistsConfig)
+    next_item: NextItemConfig = field(default_factory=NextItemConfig)
     seed: int = 42
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arms", tuple(self.arms))
         unknown = [arm for arm in self.arms if arm not in ARMS]
         _require(not unknown, "evaluation.arms", f"some of {', '.join(ARMS)}", ", ".join(unknown))
-        _require(self.arms != ("rerank",), "evaluation.arms", "an arm with a language model too", self.arms)
+        speaking = not self.arms or bool(set(self.arms) & set(MODEL_ARMS))
+        _require(speaking, "evaluation.arms", "an arm with a language model too", self.arms)
+        both = bool(self.playlists.items and self.next_item.items)
+        _require(not both, "evaluation", "one of playlists and next_item", "both")
         _require(bool(self.arms), "evaluation.arms", f"some of {', '.join(ARMS)}", self.arms)
         twice = sorted({arm for arm in self.arms if self.arms.count(arm) > 1})
         _require(not twice, "evaluation.arms", "every arm once", ", ".join(self.arms))

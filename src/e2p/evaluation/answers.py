@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
-from rich.console import Console
 from rich.progress import Progress
 
-from e2p.config import RunConfig
 from e2p.data.batches import Ints, token_passes
-from e2p.data.tables import write_frame
 from e2p.data.templates import EncodedPrompt
 from e2p.evaluation.arms import Arm
-from e2p.evaluation.audit import ANSWERS
-from e2p.evaluation.playlists import Shelf, judge_playlists, load_shelf, rerank_answers
 from e2p.training.inputs import RunInputs
 
 COLUMNS = ("example_id", "user_id", "arm", "draw", "text", "cut")
@@ -96,37 +88,3 @@ def _continued(arm: Arm, rows: Ints, most: int, settings: dict[str, Any]) -> tup
     room = most if backbone.window is None else max(1, min(most, backbone.window - taken))
     at = [model.splice_at(prompt) for prompt in prompts]
     return backbone.generate(prompts, at, prefix, max_new_tokens=room, **settings), room
-
-
-def judged_answers(
-    config: RunConfig, shelf: Shelf, arms: Sequence[Arm], inputs: RunInputs, folder: Path, bars: Progress
-) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Playlists of all arms, kept in the run folder, and their scores."""
-    wanted, seed = config.evaluation.playlists, config.evaluation.seed
-    answers = [
-        answer(
-            arm,
-            inputs,
-            config.training.tokens_per_pass,
-            draws=wanted.answers,
-            temperature=wanted.temperature,
-            max_new_tokens=config.evaluation.max_new_tokens,
-            seed=seed,
-            progress=bars,
-        )
-        for arm in arms
-    ]
-    if "rerank" in config.evaluation.arms:
-        answers.append(rerank_answers(shelf, inputs))
-    together = pl.concat(answers)
-    write_frame(folder / ANSWERS, together)
-    return judge_playlists(together, shelf, inputs)
-
-
-def open_shelf(config: RunConfig, inputs: RunInputs, console: Console | None) -> Shelf | None:
-    """What playlists are judged with, where they are."""
-    judged, tables = config.evaluation, config.evaluation.playlists
-    if not tables.items:
-        return None
-    with console.status("fitting the engagement predictor") if console else nullcontext():
-        return load_shelf(tables, config.data.examples, inputs, judged.seed, judged.resamples)

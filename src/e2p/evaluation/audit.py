@@ -24,6 +24,7 @@ from e2p.provenance import provenance
 FORMAT = 2
 SCORES, COVARIATES, ABOUT, RESULTS = "scores.parquet", "covariates.parquet", "scored.json", "results.json"
 ANSWERS = "answers.parquet"
+RECOMMENDED = "recommended.parquet"
 # Settings in which runs of one experiment may differ. The tables' contents are compared, not their places.
 _FREE = frozenset({"training.seed", "output", "data.examples", "data.embeddings", "data.cache_dir", "backbone.device"})
 
@@ -119,6 +120,7 @@ def audit(
         "space": first.about.get("space"),
         "prefix": first.about.get("prefix"),
         "playlists": _playlists(first.about.get("playlists"), [headline, *others]),
+        "next_item": first.about.get("next_item"),
         "warnings": _warnings(seeds),
     }
 

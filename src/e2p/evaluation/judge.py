@@ -18,7 +18,6 @@ from e2p.data.sources import cache_root
 from e2p.data.tables import content_key, example_batches, write_frame
 from e2p.data.tokenised import TokenisedExamples, tokenise
 from e2p.errors import ConfigError, DataError, E2PError, RunError
-from e2p.evaluation.answers import judged_answers, open_shelf
 from e2p.evaluation.arms import build_arms, score_arm, without_prompt_arms
 from e2p.evaluation.audit import (
     ABOUT,
@@ -33,9 +32,8 @@ from e2p.evaluation.audit import (
     write_results,
 )
 from e2p.evaluation.breakdowns import covariates
+from e2p.evaluation.generated import WITHOUT_MODEL, Judges, judge_generated, open_judges
 from e2p.evaluation.leaks import check_leaks
-from e2p.evaluation.playlists import METRICS as PLAYLIST_METRICS
-from e2p.evaluation.playlists import Shelf
 from e2p.evaluation.samples import samples
 from e2p.evaluation.significance import require_tests
 from e2p.evaluation.space import describe_prefix, describe_space, known_attribute
@@ -85,11 +83,11 @@ def score(
     extra: Mapping[str, Any] | None = None,
     allow_leaks: bool = False,
     backbone: FrozenBackbone | None = None,
-    shelf: Shelf | None = None,
+    judges: Judges | None = None,
 ) -> None:
     """Train a run's missing controls and score its arms; writes ``scores.parquet``, ``covariates.parquet`` and, last,
     ``scored.json``: training records, samples, leak checks and warnings. Arguments as of :func:`judge`; ``backbone``
-    and ``shelf`` are the run's, if they are loaded already.
+    and ``judges`` are the run's, if they are loaded already.
 
     Raises:
         RunError: the folder holds no finished training, or was trained on other tables.
@@ -106,8 +104,8 @@ def score(
     require_tests(inputs.keys["user_id"].to_numpy()[inputs.rows("test")])
     leaks = [dataclasses.asdict(check) for check in check_leaks(inputs, config.data.examples)]
     refuse_leaks(folder, leaks, allow_leaks)
-    shelf = shelf or open_shelf(config, inputs, console)
-    headline = _headline(config, inputs, shelf)
+    judges = judges or open_judges(config, inputs, backbone, console)
+    headline = _headline(config, inputs, judges)
     names, profiled, warnings = _possible_arms(config, e2p, inputs)
     models = {"e2p": e2p}
     for arm in ("static", "shuffled"):
@@ -116,10 +114,8 @@ def score(
     arms = build_arms(names, models, inputs, profiled, config.evaluation.seed, config.training.seed)
     with _bars(console) as bars:
         scores = pl.concat([score_arm(arm, inputs, config.training.tokens_per_pass, bars) for arm in arms])
-        playlists = None
-        if shelf is not None:
-            judged_lists, playlists = judged_answers(config, shelf, arms, inputs, folder, bars)
-            scores = pl.concat([scores, judged_lists])
+        generated, known = judge_generated(config, judges, arms, inputs, folder, bars)
+        scores = pl.concat([scores, *generated])
     training = {arm: _training_record(folder, arm) for arm in models}
     judged = training["e2p"]["validation"]
     if is_useless(judged):
@@ -151,7 +147,7 @@ def score(
         "data": dict(inputs.counts),
         "training": training,
         "headline": headline,
-        "playlists": playlists,
+        **known,
         "leaks": leaks,
         "extra": dict(extra or {}),
         "warnings": warnings,
@@ -160,14 +156,12 @@ def score(
     write_json(folder / ABOUT, about)
 
 
-def _headline(config: RunConfig, inputs: RunInputs, shelf: Shelf | None) -> str:
+def _headline(config: RunConfig, inputs: RunInputs, judges: Judges) -> str:
     """The metric that the verdict rests on, as :class:`EvaluationConfig` says; before anything is scored."""
     measured = ["nats_per_token"]
     if (inputs.labels[inputs.all_rows("test")] == 0).any():
         measured.insert(0 if config.objective.name != "lm" else 1, "auc")
-    if shelf is not None:
-        unjudged = () if shelf.predictor else ("engagement",)
-        measured = [*(name for name in PLAYLIST_METRICS if name not in unjudged), *measured]
+    measured = [*judges.metrics(), *measured]
     asked = config.evaluation.headline
     if asked and asked not in measured:
         raise DataError(f"evaluation.headline: expected one of {', '.join(measured)}, got {asked!r}")
@@ -252,14 +246,14 @@ def score_seeds(
         for arm in ("e2p", "static", "shuffled"):
             if _trained(arm_folder(folder, arm)):
                 check_inputs(folder, arm, inputs)
-    shelf = open_shelf(config, inputs, console)
+    judges = open_judges(config, inputs, backbone, console)
     for seed, folder in left.items():
         if not _trained(folder):
             one, started = with_seed(config, seed, str(folder)), (folder / "config.yaml").is_file()
             if not started:
                 prepare_folder(one, overwrite=False, resume=False)
             train_arm(one, backbone, inputs, "e2p", folder, console, resume=started)
-        score(folder, console, None, allow_leaks, backbone, shelf)
+        score(folder, console, None, allow_leaks, backbone, judges)
     return list(folders.values())
 
 
@@ -303,11 +297,12 @@ def _possible_arms(
     config: RunConfig, e2p: E2PModel, inputs: RunInputs
 ) -> tuple[tuple[str, ...], TokenisedExamples | None, list[str]]:
     """The arms asked for that these tables and this adapter allow, examples with profiles, and what is left out why."""
-    names, warnings = tuple(arm for arm in config.evaluation.arms if arm != "rerank"), []
-    # Among all arms, the default, it is there for those who have the tables.
-    asked = config.evaluation.arms
-    if "rerank" in asked and asked != ARMS and not config.evaluation.playlists.items:
-        warnings.append("The arm rerank is left out: it needs the tables of evaluation.playlists.")
+    asked, warnings = config.evaluation.arms, []
+    names = tuple(arm for arm in asked if arm not in WITHOUT_MODEL)
+    for arm, needs in WITHOUT_MODEL.items():
+        # Among all arms, the default, it is there for those who have the tables.
+        if arm in asked and asked != ARMS and not getattr(config.evaluation, needs).items:
+            warnings.append(f"The arm {arm} is left out: it needs the tables of evaluation.{needs}.")
     if "null" in names and not e2p.projector.config.null_prob and not inputs.counts["null_user_without_vector"]:
         names = tuple(name for name in names if name != "null")
         warnings.append("The arm null is left out: with projector.null_prob 0 the null user has not been trained.")

@@ -42,6 +42,7 @@ _KNOWN: dict[str, tuple[str, Direction]] = {
     "on_request": ("share on request", "higher"),
     "known": ("share known", "lower"),
     "invented": ("share invented", "lower"),
+    "popularity": ("popularity percentile", "lower"),
     "accuracy": ("accuracy", "higher"),
 }
 _RANKED = {"hit_rate": "HitRate", "ndcg": "NDCG", "mrr": "MRR", "recall": "recall", "precision": "precision"}

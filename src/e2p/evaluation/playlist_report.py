@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from e2p.evaluation.aggregate import interval
 from e2p.evaluation.look import ARM_TONES, GREY, Picture, picture
 from e2p.evaluation.metrics import arm_order
-from e2p.evaluation.tables import Metric, Table
+from e2p.evaluation.tables import Metric, Section, Table
 
 GAIN = "gain over none, %"
 # Metrics in the order of the columns; of those marked, the gain over the bare model follows.
@@ -32,21 +32,7 @@ _LEGEND = (
 _ENGAGEMENT = " Predicted engagement: probability by a classifier that was trained on past playlists."
 
 
-class Playlists(NamedTuple):
-    """What a report says of judged playlists.
-
-    Args:
-        table: one row an arm.
-        legend: what its columns are.
-        texts: sentences on the predictor, its agreement with plays, and the reading.
-    """
-
-    table: Table
-    legend: str
-    texts: list[str]
-
-
-def playlists_of(results: Mapping[str, Any]) -> Playlists | None:
+def playlists_of(results: Mapping[str, Any]) -> Section | None:
     """What there is to say; None where no playlists were judged."""
     found = results.get("playlists")
     if not found:
@@ -59,7 +45,8 @@ def playlists_of(results: Mapping[str, Any]) -> Playlists | None:
         texts.append(f"Means are over the training seeds; agreement, readings and miss rates are those of {run}.")
     table = playlist_table(results)
     legend = _LEGEND + (_ENGAGEMENT if "predicted engagement" in table.headings else "")
-    return Playlists(table, legend, [text for text in texts if text])
+    caption = f"Playlists, with gains over the arm none, {results['run']}."
+    return Section("Playlists", "playlists", caption, table, legend, [text for text in texts if text])
 
 
 def playlist_table(results: Mapping[str, Any]) -> Table:
@@ -118,11 +105,11 @@ def draw_calibration(found: Mapping[str, Any] | None, folder: Path) -> Picture |
     return picture(folder, "calibration", "Predicted and real engagement", caption, 3.5, paint)
 
 
-def markdown(found: Playlists, shown: Picture | None, cell: Callable[[object], str]) -> str:
+def markdown(found: Section, shown: Picture | None, cell: Callable[[object], str]) -> str:
     """The section in Markdown; ``cell`` makes any text one line without markup."""
     lines = [found.table.headings, ["---"] * len(found.table.headings), *found.table.rows]
     table = "\n".join(f"| {' | '.join(map(cell, cells))} |" for cells in lines)
-    parts = ["", "## Playlists", table, cell(found.legend), *map(cell, found.texts)]
+    parts = ["", f"## {found.title}", table, cell(found.legend), *map(cell, found.texts)]
     if shown:
         parts += [f"![{cell(shown.title)}](figures/{shown.name}.png)", cell(shown.caption)]
     return "\n\n".join(parts) + "\n"

@@ -17,6 +17,7 @@ from e2p.evaluation.aggregate import p_value, signed
 from e2p.evaluation.figures import LEAD, costed, draw, gains_over_none
 from e2p.evaluation.figures_space import SPACE_COLUMNS, likeness_caption, space_caption
 from e2p.evaluation.look import Picture
+from e2p.evaluation.next_item_report import next_items_of
 from e2p.evaluation.playlist_report import markdown, playlists_of
 from e2p.evaluation.significance import COMPARISONS, Comparison, verdict
 from e2p.evaluation.tables import (
@@ -80,17 +81,18 @@ def write_report(folder: Path) -> str:
     view = _view(results, comparisons, pictures)
     texts = {name: _render(name, view) for name in ("report.html", "report.md")}
     sections = [results, *results["other_metrics"]]
-    if judged := view["playlists"]:
+    if judged := view["generated"]:
         # Of the tables, the first; the heading cannot stand in a cell, which is one line.
         head, mark, tail = texts["report.md"].partition("\n## Comparisons\n")
         texts["report.md"] = head + markdown(judged, view["calibration"], _cell) + mark + tail
+    if results.get("playlists"):
         readings = results["playlists"].get("readings") or {}
         sections.append({"metric": {"name": "miss_rate", "better": "lower"}, "arms": readings, "comparisons": []})
     texts["tables.tex"] = latex(
         comparison_table(comparisons, metric),
         arm_table(results["arms"], metric),
         view["title"],
-        judged.table if judged else None,
+        judged,
     )
     for name, text in texts.items():
         # A model's answer may hold half of a character pair, which has no UTF-8.
@@ -143,6 +145,7 @@ def load_results(folder: Path) -> dict[str, Any]:
         "leaks": lambda: leak_table(results["leaks"]),
         "space": lambda: results.get("space") and space_caption(results["space"]),
         "playlists": lambda: playlists_of(results),
+        "next_item": lambda: next_items_of(results),
         "prefix": lambda: results.get("prefix") and likeness_caption(results["prefix"]),
     }
     for name, show in shown.items():
@@ -259,7 +262,7 @@ def _view(results: Mapping[str, Any], comparisons: list[Comparison], pictures: l
         "metric": metric,
         "lead": [one for one in pictures if one.name in LEAD],
         "more": [one for one in pictures if one.name not in (*LEAD, "calibration")],
-        "playlists": playlists_of(results),
+        "generated": playlists_of(results) or next_items_of(results),
         "calibration": next((one for one in pictures if one.name == "calibration"), None),
         "samples": [_sample(sample) for sample in results["samples"]],
         "comparisons": comparison_table(comparisons, metric),

@@ -30,6 +30,7 @@ COMPARISONS = (
     ("true minus none", "e2p", "none"),
     ("e2p+prompt minus prompt", "e2p+prompt", "prompt"),
     ("true minus rerank", "e2p", "rerank"),
+    ("true minus retrieval", "e2p", "retrieval"),
     ("true minus null", "e2p", "null"),
     ("true minus prompt", "e2p", "prompt"),
     ("static minus none", "static", "none"),

@@ -96,6 +96,26 @@ class Table(NamedTuple):
     notes: Sequence[str] = ()
 
 
+class Section(NamedTuple):
+    """What a report says of judged answers.
+
+    Args:
+        title: its heading.
+        label: of the LaTeX float.
+        caption: of the same.
+        table: one row an arm.
+        legend: what its columns are.
+        texts: sentences below.
+    """
+
+    title: str
+    label: str
+    caption: str
+    table: Table
+    legend: str
+    texts: list[str]
+
+
 def comparison_table(comparisons: Sequence[Comparison], metric: Metric) -> Table:
     """Every comparison with its tests; with several seeds, their spread."""
     several = any(len(c.by_seed) > 1 for c in comparisons)
@@ -198,16 +218,16 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def latex(comparisons: Table, arms: Table, run: str, playlists: Table | None = None) -> str:
+def latex(comparisons: Table, arms: Table, run: str, section: Section | None = None) -> str:
     """The tables as LaTeX floats, without the columns that would make them too wide; they need booktabs alone."""
     parts = ["% \\usepackage{booktabs}"]
     floats: list[tuple[Table, str, str, Sequence[str]]] = [
         (comparisons, "comparisons", f"Differences between arms, {run}.", _NOT_IN_LATEX),
         (arms, "arms", f"Arms, {run}.", ("examples / users",)),
     ]
-    if playlists is not None:
-        shown = playlists._replace(headings=[_SHORT.get(heading, heading) for heading in playlists.headings])
-        floats.append((shown, "playlists", f"Playlists, with gains over the arm none, {run}.", ()))
+    if section is not None:
+        shown = section.table._replace(headings=[_SHORT.get(heading, heading) for heading in section.table.headings])
+        floats.append((shown, section.label, section.caption, ()))
     for table, label, caption, left_out in floats:
         kept = [at for at, heading in enumerate(table.headings) if heading not in left_out]
         lines = [" & ".join(escape_latex(cells[at]) for at in kept) + r" \\" for cells in (table.headings, *table.rows)]

@@ -37,7 +37,7 @@ INPUTS = "inputs.json"
 RUN_FILES = frozenset(
     {
         *("config.yaml", INPUTS, "training.json", ".training.json", "adapter", "checkpoints", "controls"),
-        *("scores.parquet", "answers.parquet", "scored.json", ".scored.json", "seeds"),
+        *("scores.parquet", "answers.parquet", "recommended.parquet", "scored.json", ".scored.json", "seeds"),
         *("results.json", ".results.json", "report.html", "report.md", "figures"),
         *("space.parquet", "covariates.parquet", "tables.tex", "comparisons.csv", "arms.csv"),
     }

@@ -1,0 +1,314 @@
+"""Next items: rankings against loops over the definitions, a run in miniature, and tables that cannot judge."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from e2p.config import (
+    BackboneConfig,
+    DataConfig,
+    EvaluationConfig,
+    NextItemConfig,
+    ProjectorConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from e2p.data.tables import write_embeddings
+from e2p.errors import BackboneError, ConfigError, DataError
+from e2p.evaluation.judge import judge
+from e2p.evaluation.next_item import load_next_items, rank_of
+from e2p.evaluation.report import write_report
+from e2p.items.adapt import speaking
+from e2p.items.semantic_ids import SemanticIds
+from e2p.items.vocabulary import items_text
+from e2p.training.inputs import RunInputs
+from e2p.training.run import train
+from tiny import logprobs_alone
+from tiny_run import inputs_of, write_backbone
+
+ITEMS, GROUP, USERS = 12, 6, 40
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def item(number: int) -> str:
+    return f"i{number}"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Users of two tastes, told by their vectors, who take items of their own group, one a day, each once."""
+    folder = tmp_path_factory.mktemp("next")
+    codes = np.array([[number // GROUP, number % GROUP] for number in range(ITEMS)])
+    ids = SemanticIds([item(number) for number in range(ITEMS)], codes, (2, GROUP), False)
+    ids.save(folder / "codes")
+    write_backbone(folder / "plain")
+    model, tokenizer, _ = speaking(str(folder / "plain"), ids, 0)
+    model.save_pretrained(folder / "backbone")
+    tokenizer.save_pretrained(folder / "backbone")
+    rng = np.random.default_rng(0)
+    examples, interactions = [], []
+    for user in range(USERS):
+        taken = (GROUP * (user % 2) + rng.permutation(GROUP)[:4]).tolist()
+        for day, number in enumerate(taken):
+            interactions.append({"user_id": f"u{user}", "item_id": item(number), "timestamp": START + timedelta(day)})
+        part = "train" if user < 24 else "validation" if user < 30 else "test"
+        for at in (2, 3):
+            examples.append({
+                "user_id": f"u{user}",
+                "timestamp": START + timedelta(at),
+                "prompt": "next after: " + items_text(ids, [0] * (user % 3) + [1]),  # tells nothing
+                "completion": items_text(ids, taken[at : at + 1]),
+                "profile": f"likes {'old soul' if user % 2 else 'slow jazz'}",
+                "item_id": item(taken[at]),
+                "split": part,
+            })  # fmt: skip
+    pl.DataFrame(examples).write_parquet(folder / "examples.parquet")
+    pl.DataFrame(interactions).write_parquet(folder / "interactions.parquet")
+    vectors = np.eye(2, dtype=np.float32)[np.arange(USERS) % 2]
+    times = pl.Series([START] * USERS, dtype=pl.Datetime("us", "UTC"))
+    write_embeddings(folder / "embeddings.parquet", [f"u{user}" for user in range(USERS)], vectors, times, "v1")
+    pl.DataFrame(
+        {
+            "item_id": [item(number) for number in reversed(range(ITEMS))],  # in another order than the codes
+            "item": [f"film {number}" for number in reversed(range(ITEMS))],
+            "embedding": pl.Series(
+                np.eye(2, dtype=np.float32)[np.arange(ITEMS)[::-1] // GROUP], dtype=pl.Array(pl.Float32, 2)
+            ),
+            "popularity": [number % GROUP for number in reversed(range(ITEMS))],
+        }
+    ).write_parquet(folder / "items.parquet")
+    judged = NextItemConfig(
+        items=str(folder / "items.parquet"),
+        codes=str(folder / "codes"),
+        interactions=str(folder / "interactions.parquet"),
+        samples=8,
+        beam=8,
+        cutoffs=(1, 3, 8),
+    )
+    return RunConfig(
+        backbone=BackboneConfig(model=str(folder / "backbone"), device="cpu"),
+        data=DataConfig(
+            examples=str(folder / "examples.parquet"),
+            embeddings=str(folder / "embeddings.parquet"),
+            max_prompt_tokens=64,
+            max_completion_tokens=8,
+            cache_dir=str(folder / "cache"),
+        ),
+        projector=ProjectorConfig(hidden_dim=8, null_prob=0.0),
+        training=TrainingConfig(epochs=12, batch_size=8, learning_rate=2e-2, precision="float32"),
+        evaluation=EvaluationConfig(
+            arms=("none", "prompt", "static", "random", "e2p", "retrieval", "popularity"),
+            resamples=100,
+            samples=1,
+            max_new_tokens=4,
+            next_item=judged,
+        ),
+        output=str(folder / "run"),
+    )
+
+
+@pytest.fixture(scope="module")
+def results(config: RunConfig) -> dict[str, Any]:
+    train(config)
+    return judge(config.output)
+
+
+@pytest.fixture(scope="module")
+def loaded(config: RunConfig) -> tuple[Any, RunInputs]:
+    return inputs_of(config)
+
+
+def by_name(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    sections = [results, *results["other_metrics"]]
+    return {one["metric"]["name"]: one["arms"] for one in sections}
+
+
+def test_the_verdict_rests_on_the_hit_rate_and_the_user_is_heard(results: dict[str, Any]) -> None:
+    assert results["metric"]["name"] == "hit_rate@8"
+    assert results["metric"]["label"] == "HitRate@8"
+    found = by_name(results)
+    assert set(found["hit_rate@8"]) == {"none", "prompt", "static", "random", "e2p", "retrieval", "popularity"}
+    assert set(found["nats_per_token"]) == {"none", "prompt", "static", "random", "e2p"}
+    # The group is the first code, and only the vector tells it.
+    for name, least in (("nats_per_token", -0.2), ("ndcg@8", 0.05), ("hit_rate@8", 0.1)):
+        e2p, random = (found[name][arm][name] for arm in ("e2p", "random"))
+        assert e2p < random + least if least < 0 else e2p > random + least
+    assert found["recall@8"]["retrieval"]["recall@8"] == 1.0  # six items of the group, of which some were had
+    names = [row["name"] for row in results["comparisons"]]
+    assert "true minus retrieval" in names
+
+
+def test_scores_are_what_the_kept_lists_say(config: RunConfig, results: dict[str, Any]) -> None:
+    kept = pl.read_parquet(Path(config.output) / "recommended.parquet")
+    scores = pl.read_parquet(Path(config.output) / "scores.parquet")
+    table = pl.read_parquet(config.data.examples)
+    true = dict(zip(map(str, range(table.height)), table["item_id"], strict=True))
+    got = {(row["example_id"], row["arm"], row["metric"]): row["value"] for row in scores.iter_rows(named=True)}
+    seen = 0
+    for row in kept.iter_rows(named=True):
+        items, of = row["items"], row["example_id"]
+        assert len(set(items)) == len(items)
+        place = items.index(true[of]) + 1 if true[of] in items else None
+        if row["logprobs"] is not None:
+            assert row["logprobs"] == sorted(row["logprobs"], reverse=True)
+        for k in (1, 3, 8):
+            hit = place is not None and place <= k
+            if row["way"] == "sampled":
+                assert got[of, row["arm"], f"hit_rate@{k}"] == hit
+                continue
+            assert got[of, row["arm"], f"recall@{k}"] == hit
+            assert got[of, row["arm"], f"mrr@{k}"] == pytest.approx(1 / place if hit else 0)
+            assert got[of, row["arm"], f"ndcg@{k}"] == pytest.approx(1 / math.log2(place + 1) if hit else 0)
+            if row["arm"] in ("retrieval", "popularity"):  # one ranking for both
+                assert got[of, row["arm"], f"hit_rate@{k}"] == hit
+            seen += hit
+    assert seen > 10
+    arms = results["next_item"]["arms"]
+    lists = kept.filter((pl.col("arm") == "e2p") & (pl.col("way") == "beam"))["items"].to_list()
+    assert arms["e2p"]["coverage"]["3"] == len({one for found in lists for one in found[:3]}) / ITEMS
+    drawn = kept.filter((pl.col("arm") == "none") & (pl.col("way") == "sampled"))["items"].list.len()
+    assert arms["none"]["distinct"] == pytest.approx(drawn.mean())
+    assert arms["retrieval"]["distinct"] is None
+
+
+def test_log_probabilities_are_the_models_own_among_valid_codes(
+    config: RunConfig, results: dict[str, Any], loaded: tuple[Any, RunInputs]
+) -> None:
+    """Of the bare model: each code's log p of the whole vocabulary, renormalised over what may follow."""
+    backbone, inputs = loaded
+    shelf = load_next_items(config.evaluation.next_item, config.data.examples, inputs, backbone)
+    tokens = [[int(shelf.vocabulary.tokens[level][c]) for level, c in enumerate(codes)]
+              for codes in shelf.vocabulary.ids.codes.tolist()]  # fmt: skip
+    kept = pl.read_parquet(Path(config.output) / "recommended.parquet")
+    row = kept.filter((pl.col("arm") == "none") & (pl.col("way") == "beam")).row(3, named=True)
+    prompt = inputs.tokens[int(row["example_id"])].prompt.tolist()
+    with torch.no_grad():
+        parts = torch.stack([logprobs_alone(backbone.model, prompt, ids, None, 0) for ids in tokens])
+    first, second = parts.T
+    groups = torch.tensor([0] * GROUP + [1] * GROUP)
+    firsts = torch.stack([first[0], first[GROUP]]).log_softmax(0)[groups]
+    seconds = torch.cat([second[:GROUP].log_softmax(0), second[GROUP:].log_softmax(0)])
+    whole = firsts + seconds
+    best = whole.topk(8)
+    assert row["items"] == [item(int(number)) for number in best.indices]
+    np.testing.assert_allclose(row["logprobs"], best.values.numpy(), atol=1e-4)
+    assert all(own["certain"] is None or 0 <= own["certain"] <= 1 for own in results["next_item"]["arms"].values())
+
+
+def test_retrieval_and_popularity_offer_nothing_that_was_had(config: RunConfig, results: dict[str, Any]) -> None:
+    kept = pl.read_parquet(Path(config.output) / "recommended.parquet")
+    table = pl.read_parquet(config.data.examples)
+    had = pl.read_parquet(config.evaluation.next_item.interactions)
+    popular = sorted(range(ITEMS), key=lambda number: (-(number % GROUP), number))
+    checked = 0
+    for row in kept.filter(pl.col("arm").is_in(["retrieval", "popularity"])).iter_rows(named=True):
+        example = table.row(int(row["example_id"]), named=True)
+        before = had.filter((pl.col("user_id") == row["user_id"]) & (pl.col("timestamp") < example["timestamp"]))
+        out = set(before["item_id"])
+        assert len(out) in (2, 3)
+        assert not out & set(row["items"])
+        if row["arm"] == "popularity":
+            assert row["items"] == [item(number) for number in popular if item(number) not in out][:8]
+        else:
+            taste = int(row["user_id"][1:]) % 2
+            own = [item(number) for number in range(GROUP * taste, GROUP * taste + GROUP) if item(number) not in out]
+            assert row["items"][: len(own)] == own  # equal products go by row
+        checked += 1
+    assert checked == 2 * 20
+
+
+def test_the_report_has_the_table_and_the_codes(config: RunConfig, results: dict[str, Any]) -> None:
+    write_report(Path(config.output))
+    for name in ("report.html", "report.md"):
+        text = (Path(config.output) / name).read_text(encoding="utf-8")
+        for words in ("Next items", "HitRate@8", "coverage", "12 items have codes", "Codes of 2 levels, 2 × 6"):
+            assert words in text, (name, words)
+    assert "tab:next-items" in (Path(config.output) / "tables.tex").read_text()
+
+
+def test_judging_again_draws_the_same(config: RunConfig, results: dict[str, Any]) -> None:
+    first = pl.read_parquet(Path(config.output) / "recommended.parquet")
+    judge(config.output)
+    assert pl.read_parquet(Path(config.output) / "recommended.parquet").equals(first)
+
+
+@given(
+    st.lists(st.permutations(range(6)).map(list), min_size=1, max_size=5),
+    st.lists(st.integers(0, 8), min_size=5, max_size=5),
+)
+def test_rank_is_the_place_in_the_list(lists: list[list[int]], targets: list[int]) -> None:
+    cut = [found[:4] for found in lists]
+    ranks = rank_of(cut, np.array(targets[: len(cut)]))
+    for rank, found, true in zip(ranks, cut, targets, strict=False):
+        assert (rank == 0 and true not in found) or found[rank - 1] == true
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "message"),
+    [
+        ("items", lambda t: t.drop("popularity"), "popularity"),
+        ("items", lambda t: t.filter(pl.col("item_id") != "i3"), r"expected every item that has codes, got no 'i3'"),
+        ("items", lambda t: t.with_columns(pl.col("embedding").arr.to_list().list.head(1)), "of 2 numbers"),
+        ("interactions", lambda t: t.drop("timestamp"), "timestamp"),
+        (
+            "examples",
+            lambda t: t.with_columns(item_id=pl.lit("i99")),
+            r"row 60: item 'i99' has no codes in .*give it codes",
+        ),
+        ("examples", lambda t: t.with_columns(item_id=pl.lit("i5")), r"expected the codes of item 'i5' as completion"),
+        ("examples", lambda t: t.drop("item_id"), "item_id"),
+    ],
+)
+def test_tables_that_cannot_judge_are_named(
+    config: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path, table: str, change: Any, message: str
+) -> None:
+    judged = config.evaluation.next_item
+    paths = {"items": judged.items, "interactions": judged.interactions, "examples": config.data.examples}
+    changed = tmp_path / f"{table}.parquet"
+    change(pl.read_parquet(paths[table])).write_parquet(changed)
+    paths[table] = str(changed)
+    source = paths.pop("examples")
+    with pytest.raises(DataError, match=message):
+        load_next_items(replace(judged, **paths), source, loaded[1], loaded[0])
+
+
+def test_a_backbone_that_does_not_speak_the_codes_is_refused(
+    config: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path
+) -> None:
+    backbone, inputs = loaded
+    judged, source = config.evaluation.next_item, config.data.examples
+    more = SemanticIds(["i0", "i1"], np.array([[0, 0], [1, 9]]), (2, 10), False)
+    more.save(tmp_path / "more")
+    with pytest.raises(BackboneError, match=r"got none for <b_6> and 3 others; run e2p adapt"):
+        load_next_items(replace(judged, codes=str(tmp_path / "more")), source, inputs, backbone)
+    (tmp_path / "adapted").mkdir()
+    (tmp_path / "adapted" / "adapt.json").write_text(json.dumps({"settings": {"codes": "0123"}}))
+    backbone.source, plain = str(tmp_path / "adapted"), backbone.source
+    try:
+        with pytest.raises(BackboneError, match=r"got one of version 0123; adapt it to these"):
+            load_next_items(judged, source, inputs, backbone)
+    finally:
+        backbone.source = plain
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    tables = {"items": "a", "codes": "b", "interactions": "c"}
+    for wrong in ({"cutoffs": (10, 5)}, {"cutoffs": (5, 31)}, {"samples": 0}, {"temperature": 0.0}, {"cutoffs": ()}):
+        with pytest.raises(ConfigError, match=r"evaluation\.next_item"):
+            NextItemConfig(**{**tables, **wrong})
+    with pytest.raises(ConfigError, match=r"expected items, codes and interactions, or none"):
+        NextItemConfig(items="a")
+    with pytest.raises(ConfigError, match="an arm with a language model too"):
+        EvaluationConfig(arms=("retrieval", "popularity"))
