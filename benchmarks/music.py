@@ -12,11 +12,10 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 from rich.console import Console
-from seeds import placed
+from seeds import folders, placed, shown
 
 from e2p.config import EvaluationConfig, ObjectiveConfig, RunConfig, TrainingConfig
 from e2p.config_io import load_yaml
@@ -80,7 +79,7 @@ def judged_again(run: Path) -> list[Scored]:
     shelf = open_judges(config, inputs, backbone).playlists
     assert shelf is not None
     found = []
-    for folder in seeds(run):
+    for folder in folders(run):
         (one,) = load_scored(folder)
         scores, about = judge_playlists(pl.read_parquet(folder / ANSWERS), shelf, inputs)
         others = one.scores.filter(pl.col("metric").is_in(LIKELIHOODS))
@@ -106,22 +105,6 @@ def together(runs: dict[str, list[Scored]]) -> list[Scored]:
     return found
 
 
-def seeds(run: Path) -> list[Path]:
-    """A run and its other seeds."""
-    return [run, *sorted((run / "seeds").glob("*"))]
-
-
-def shown(results: dict[str, Any]) -> dict[str, Any]:
-    """What of an audit the committed file keeps."""
-    parts = ("config", "seeds", "metric", "arms", "comparisons", "verdict", "other_metrics", "leaks", "warnings",
-             "samples", "playlists", "data")  # fmt: skip
-    training = {
-        arm: {key: value for key, value in record.items() if key not in ("history", "provenance")}
-        for arm, record in results["training"].items()
-    }
-    return {name: results[name] for name in parts} | {"training": training, "provenance": results["provenance"]}
-
-
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,12 +123,12 @@ def main() -> None:
         config = settings(tables, options.backbone, name, runs[name])
         if not (runs[name] / "adapter").is_dir():
             train(config, resume=(runs[name] / "config.yaml").is_file())
-        if sum((folder / ANSWERS).is_file() for folder in seeds(runs[name])) < len(options.seeds):
+        if sum((folder / ANSWERS).is_file() for folder in folders(runs[name])) < len(options.seeds):
             evaluate([str(runs[name])], tuple(options.seeds))
     if options.only:
         return
     for name, run in runs.items():
-        for folder in seeds(run):
+        for folder in folders(run):
             own, wanted = load_yaml(folder / "config.yaml"), settings(tables, options.backbone, name, folder)
             if own != with_seed(wanted, own.training.seed, str(folder)):
                 raise SystemExit(f"{folder}: was run with other settings; delete it and run again")

@@ -88,3 +88,20 @@ def write_results(path: Path, experiment: dict[str, list[dict[str, Any]]], about
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def folders(run: Path) -> list[Path]:
+    """A run and its other seeds."""
+    return [run, *sorted((run / "seeds").glob("*"))]
+
+
+def shown(results: dict[str, Any]) -> dict[str, Any]:
+    """What of an audit the committed file keeps."""
+    parts = ("config", "seeds", "metric", "arms", "comparisons", "verdict", "other_metrics", "leaks", "warnings",
+             "samples", "playlists", "next_item", "data")  # fmt: skip
+    training = {
+        arm: {key: value for key, value in record.items() if key not in ("history", "provenance")}
+        for arm, record in results["training"].items()
+    }
+    found = {name: results[name] for name in parts if results[name] is not None}
+    return found | {"training": training, "provenance": results["provenance"]}
