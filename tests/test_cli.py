@@ -94,7 +94,7 @@ def test_the_version_is_said(run: Run) -> None:
     ("words", "message"),
     [
         (["nonsense"], "expected a command (demo, prepare personachat"),
-        (["prepare"], "expected a command (prepare personachat, prepare music), got 'prepare'"),
+        (["prepare"], "expected a command (prepare personachat, prepare music, prepare nextitem), got 'prepare'"),
         (["prepare", "nonsense"], "got 'prepare nonsense'"),
         (["evaluate"], "required: runs"),
         (["evaluate", "a", "b", "--seed", "1"], "unrecognized arguments: --seed=1"),
@@ -426,4 +426,5 @@ def test_what_users_and_models_say_is_no_markup(
 def test_a_group_of_commands_explains_itself(run: Run) -> None:
     code, out, err = run("prepare", "--help")
     assert (code, err) == (0, "")
-    assert [line.split(":")[0] for line in out.splitlines()] == ["e2p prepare personachat", "e2p prepare music"]
+    tasks = ["e2p prepare personachat", "e2p prepare music", "e2p prepare nextitem"]
+    assert [line.split(":")[0] for line in out.splitlines()] == tasks

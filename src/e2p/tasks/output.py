@@ -14,10 +14,13 @@ from e2p.errors import RunError
 # What a prepared task may hold. A folder with anything else in it is not ours to replace.
 FILES = frozenset(
     {
+        "adapt.parquet",
+        "codes",
         "config.yaml",
         "embeddings.parquet",
         "examples.parquet",
         "heldout_plays.parquet",
+        "interactions.parquet",
         "items.parquet",
         "profiles.parquet",
         "queries.parquet",

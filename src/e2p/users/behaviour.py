@@ -209,14 +209,14 @@ def factorise(interactions: pl.DataFrame, settings: FactorSettings) -> Factors:
     """
     timed = "timestamp" in interactions.columns
     if settings.refresh == "never":
-        users, items, matrix = _matrix(interactions)
-        _check_size(settings.dimension, users, items)
+        users, items, matrix = matrix_of(interactions)
+        check_size(settings.dimension, users, items)
         model = _fit(matrix, settings)
         # Known just after the last interaction: an example of the same instant may be that interaction itself.
         last = interactions["timestamp"].dt.offset_by("1us").max() if timed else None
         times = None if last is None else pl.repeat(last, len(users), dtype=interactions["timestamp"].dtype, eager=True)
         item_vectors = np.asarray(model.item_factors, np.float32)
-        version = _version(settings.method, item_vectors)
+        version = space_version(settings.method, item_vectors)
         return Factors(users, np.asarray(model.user_factors, np.float32), times, items, item_vectors, version, 0)
     if not timed:
         raise DataError("refresh: expected a column timestamp, got none; add it, or refresh never")
@@ -224,8 +224,8 @@ def factorise(interactions: pl.DataFrame, settings: FactorSettings) -> Factors:
     dated = interactions.with_columns(end=pl.col("timestamp").dt.truncate(every).dt.offset_by(every))
     ends = dated["end"].unique().sort()
     first = ends[max(0, round(settings.space_share * len(ends)) - 1)]
-    users, items, matrix = _matrix(dated.filter(pl.col("end") <= first))
-    _check_size(settings.dimension, users, items)
+    users, items, matrix = matrix_of(dated.filter(pl.col("end") <= first))
+    check_size(settings.dimension, users, items)
     model = _fit(matrix, settings)
     known = dated.filter(pl.col("item_id").is_in(items.implode()))
     parts: list[tuple[pl.Series, Floats, datetime]] = []
@@ -234,7 +234,7 @@ def factorise(interactions: pl.DataFrame, settings: FactorSettings) -> Factors:
         if active.is_empty():
             continue
         before = known.filter((pl.col("end") <= end) & pl.col("user_id").is_in(active["user_id"].unique().implode()))
-        who, _, rows = _matrix(before, items)
+        who, _, rows = matrix_of(before, items)
         parts.append((who, np.asarray(model.recalculate_user(np.arange(len(who)), rows), np.float32), end))
     item_vectors = np.asarray(model.item_factors, np.float32)
     times = pl.concat(pl.repeat(end, len(who), dtype=dated["end"].dtype, eager=True) for who, _, end in parts)
@@ -244,7 +244,7 @@ def factorise(interactions: pl.DataFrame, settings: FactorSettings) -> Factors:
         times,
         items,
         item_vectors,
-        _version(settings.method, item_vectors),
+        space_version(settings.method, item_vectors),
         dated.height - known.height,
     )
 
@@ -287,7 +287,7 @@ def _fit(counts: Any, settings: FactorSettings) -> Any:
     return model
 
 
-def _matrix(frame: pl.DataFrame, items: pl.Series | None = None) -> tuple[pl.Series, pl.Series, Any]:
+def matrix_of(frame: pl.DataFrame, items: pl.Series | None = None) -> tuple[pl.Series, pl.Series, Any]:
     """Users and items, sorted, and the table of their summed weights [users, items]."""
     try:
         from scipy.sparse import csr_matrix
@@ -300,12 +300,14 @@ def _matrix(frame: pl.DataFrame, items: pl.Series | None = None) -> tuple[pl.Ser
     return users, items, csr_matrix((frame["weight"].to_numpy(), (rows, columns)), shape=(len(users), len(items)))
 
 
-def _version(method: str, item_vectors: Floats) -> str:
+def space_version(method: str, item_vectors: Floats) -> str:
+    """Name of a space: two of the same name are the same item vectors."""
     digest = hashlib.blake2b(np.ascontiguousarray(item_vectors).tobytes(), digest_size=4).hexdigest()
     return f"{method}-{item_vectors.shape[1]}-{digest}"
 
 
-def _check_size(dimension: int, users: pl.Series, items: pl.Series) -> None:
+def check_size(dimension: int, users: pl.Series, items: pl.Series) -> None:
+    """Raise DataError unless there are more users and more items than dimensions."""
     if min(len(users), len(items)) <= dimension:
         raise DataError(
             f"expected more than {dimension} users and items for vectors of {dimension} numbers, got {len(users)} and "
