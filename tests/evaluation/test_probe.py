@@ -118,3 +118,10 @@ def test_rivals_are_others_and_share_the_prompt_where_they_can() -> None:
 )
 def test_words_are_those_of_any_script(text: str, words: str) -> None:
     assert pl.select(normalised(pl.lit(text))).item() == words
+
+
+def test_an_items_codes_are_one_word() -> None:
+    texts = pl.DataFrame({"text": ["<a_12><b_3> <A_1><b_200>", "a_12 b", "next after: <a_0><b_1><c_2>"]})
+    words = texts.select(normalised(pl.col("text")))["text"].to_list()
+    assert words[0] == "a12b3 a1b200"
+    assert words[2] == "next after a0b1c2"

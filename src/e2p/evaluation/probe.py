@@ -20,6 +20,7 @@ RIVALS = 5  # other completions for each
 # Scripts without spaces between words count by the character.
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}"
 _WORD = rf"[{_UNSPACED}]|[[\p{{L}}\p{{M}}\p{{N}}]--[{_UNSPACED}]]+"
+_CODE = r"<([a-z])_(\d+)>"  # one level of a semantic id
 
 
 class Probe(NamedTuple):
@@ -113,8 +114,9 @@ def rivals(users: pl.Series, groups: pl.Series, prompts: pl.Series | None, round
 
 
 def normalised(texts: pl.Expr) -> pl.Expr:
-    """The words of a text in lower case, single spaces between them."""
-    return texts.str.normalize("NFKC").str.to_lowercase().str.extract_all(_WORD).list.join(" ")
+    """The words of a text in lower case, single spaces between them. An item's codes side by side are one word."""
+    text = texts.str.normalize("NFKC").str.to_lowercase().str.replace_all(_CODE, "$1$2")
+    return text.str.extract_all(_WORD).list.join(" ")
 
 
 def codes(values: pl.Series) -> Ints:
