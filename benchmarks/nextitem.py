@@ -49,7 +49,7 @@ PLANS = {
         "Amazon Beauty 5-core, leave-one-out; codes and vectors of the interactions before phi's.",
     ),
     "movielens": Plan(
-        {"window": 10, "most_per_user": 60},
+        {"window": 10, "stride": 10, "most_per_user": 100, "most_tested_per_user": 20},
         {"epochs": 20, "batch_size": 32, "learning_rate": 2e-3},
         TrainingConfig(epochs=3, batch_size=32, learning_rate=5e-3, weight_decay=0.1),
         PHI,

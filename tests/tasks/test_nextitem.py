@@ -325,12 +325,12 @@ def test_leave_one_out_counts_from_the_end_and_says_who_is_too_short(tmp_path: P
     log = staged(data, "auto", (), 2, 42)
     letters = log.group_by("user_id", maintain_order=True).agg(pl.col("stage").str.slice(0, 1).str.join(""))["stage"]
     assert letters.to_list() == ["t", "vt", "pvt", "ppvt", "bbppvt"]
-    asked, lost = targets(log, 1, 0, 0, 42)
+    asked, lost = targets(log, 1, 0, 0, 0, 42)
     assert lost == {(part, "after fewer than one interaction"): 1 for part in ("test", "validation", "train")} | {
         ("train", "after fewer than one interaction"): 2}  # fmt: skip
     assert asked.filter(pl.col("split") == "train")["user_id"].to_list() == ["4", "5", "5"]
     with pytest.raises(DataError, match=r"train: expected examples, got none \(5 after fewer than 4 interactions\)"):
-        targets(log, 4, 0, 0, 42)
+        targets(log, 4, 0, 0, 0, 42)
 
 
 def test_a_tenth_of_the_users_validates_and_training_rows_are_the_backbones(tmp_path: Path) -> None:
@@ -348,21 +348,30 @@ def test_a_tenth_of_the_users_validates_and_training_rows_are_the_backbones(tmp_
     assert staged(data, "leave_one_out", (), 1, 42).filter(pl.col("stage") == "test").height == 41
 
 
-def made_up(lengths: Sequence[int]) -> pl.DataFrame:
-    """A log of test targets: so many of each user, one backbone row before them, one row for each other part."""
+def made_up(lengths: Sequence[int], stage: str = "test") -> pl.DataFrame:
+    """A log of one part's targets: so many of each user, one backbone row before them, one row for each other part."""
     rows = []
     for user, length in enumerate(lengths):
-        rows += [(f"u{user}", place, "backbone" if place == 0 else "test") for place in range(length + 1)]
-    rows += [("x", 0, "backbone"), ("x", 1, "phi"), ("x", 2, "validation")]
+        rows += [(f"u{user}", place, "backbone" if place == 0 else stage) for place in range(length + 1)]
+    rows += [("x", place, part) for place, part in enumerate(("backbone", "phi", "validation", "test"))]
     frame = pl.DataFrame(rows, schema=["user_id", "place", "stage"], orient="row").cast({"place": pl.Int64})
     start = datetime(2024, 1, 1, tzinfo=UTC)
     return frame.with_columns(timestamp=pl.Series([start + timedelta(days=place) for _, place, _ in rows]))
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 20), st.integers(0, 5))
-def test_long_users_are_thinned_evenly(lengths: list[int], most: int, seed: int) -> None:
-    asked, lost = targets(made_up(lengths), 1, most, 0, seed)
-    places = asked.filter(pl.col("split") == "test").group_by("user_id").agg("place")
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    st.integers(1, 20),
+    st.integers(0, 5),
+    st.sampled_from([("phi", "train"), ("test", "test")]),
+)
+def test_long_users_are_thinned_evenly(lengths: list[int], most: int, seed: int, part: tuple[str, str]) -> None:
+    stage, split = part
+    limits = (most, 0) if stage == "phi" else (0, most)
+    asked, lost = targets(made_up(lengths, stage), 1, *limits, 0, seed)
+    whole, _ = targets(made_up(lengths, stage), 1, *reversed(limits), 0, seed)
+    assert whole.filter(pl.col("split") == split).height == sum(lengths) + 1  # the other limit is not this part's
+    places = asked.filter(pl.col("split") == split).group_by("user_id").agg("place")
     kept = dict(places.iter_rows())
     assert sum(lost.values()) == sum(max(0, length - most) for length in lengths)
     for user, length in enumerate(lengths):
@@ -479,6 +488,7 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
         ({"min_history": 0}, "min_history"),
         ({"phi_targets": 0}, "phi_targets"),
         ({"most_per_user": -1}, "most_per_user"),
+        ({"most_tested_per_user": -1}, "most_tested_per_user"),
         ({"shares": (0.5, 0.5)}, r"shares: expected four numbers > 0 that sum to 1, got \[0\.5, 0\.5\]"),
         ({"shares": (0.5, 0.3, 0.0, 0.2)}, "shares"),
         ({"shares": (0.5, 0.3, 0.3, 0.2)}, "shares"),
@@ -539,7 +549,11 @@ def test_examples_without_anything_known_before_have_no_vector_and_are_counted(
 @pytest.mark.parametrize(
     ("name", "counts", "settings"),
     [
-        ("movielens_small", (100_004, 9_125), {"code_vectors": "behaviour", "separating": 4096, "most_per_user": 5}),
+        (
+            "movielens_small",
+            (100_004, 9_125),
+            {"code_vectors": "behaviour", "separating": 4096, "most_per_user": 5, "most_tested_per_user": 5},
+        ),
         ("amazon_beauty_sequences", (198_502, 12_101), {"most_test_users": 500, "separating": 256}),
         ("amazon_industrial", (22_743, 3_686), {"sizes": ()}),
     ],

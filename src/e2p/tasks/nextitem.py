@@ -55,6 +55,7 @@ def prepare(
     stride: int = 0,
     min_history: int = 1,
     most_per_user: int = 0,
+    most_tested_per_user: int = 0,
     most_test_users: int = 0,
     dimension: int = 64,
     regularization: float = 10.0,
@@ -88,7 +89,8 @@ def prepare(
         window: most items in a prompt.
         stride: items from one of a user's rows in adapt.parquet to the next; 0: half the window.
         min_history: earlier interactions that a target must have.
-        most_per_user: most examples of a user in a part, evenly spread; 0: all.
+        most_per_user: most training examples of a user, evenly spread; 0: all.
+        most_tested_per_user: the same of validation and test examples.
         most_test_users: most users in test, drawn; 0: all.
         dimension: numbers in a vector.
         regularization: of the factors.
@@ -113,6 +115,7 @@ def prepare(
         ("stride", stride, 0),
         ("min_history", min_history, 1),
         ("most_per_user", most_per_user, 0),
+        ("most_tested_per_user", most_tested_per_user, 0),
         ("most_test_users", most_test_users, 0),
         ("seed", seed, 0),
     ):
@@ -136,7 +139,7 @@ def prepare(
         rows = pl.DataFrame({"item_id": ids.ids}).with_row_index("row").cast({"row": pl.Int64})
         log = log.join(rows, on="item_id", how="left", maintain_order="left")
         writer = Writer.of(log, items, ids, data.kind)
-        asked, lost = targets(log, min_history, most_per_user, most_test_users, seed)
+        asked, lost = targets(log, min_history, most_per_user, most_tested_per_user, most_test_users, seed)
         adapting = adapt_targets(log, stride or max(1, window // 2), seed)
         examples = _examples(asked, writer, window)
         named = pl.concat_str("user_id", "place", separator="-")

@@ -82,14 +82,15 @@ def drawn(users: pl.Series, count: int, seed: int, purpose: int) -> pl.Series:
 
 
 def targets(
-    log: pl.DataFrame, min_history: int, most_per_user: int, most_test_users: int, seed: int
+    log: pl.DataFrame, min_history: int, most_per_user: int, most_tested: int, most_test_users: int, seed: int
 ) -> tuple[pl.DataFrame, Counter[tuple[str, str]]]:
     """What phi is asked: the log's rows of the later stages, with ``at``, each one's number in the log, and ``split``.
 
     Args:
         log: as of :func:`staged`.
         min_history: earlier interactions that a target must have, at least 1.
-        most_per_user: most targets of a user in a part, evenly spread over his own, from a seeded start; 0: all.
+        most_per_user: most targets of a user in training, evenly spread over his own, from a seeded start; 0: all.
+        most_tested: the same in validation and in test.
         most_test_users: most users in test, drawn; 0: all.
         seed: of both.
 
@@ -115,17 +116,18 @@ def targets(
         chosen = drawn(tested, most_test_users, seed, 22)
         of_them = (pl.col("split") != "test") | pl.col("user_id").is_in(chosen.implode())
         asked = keep(asked.filter(of_them), f"of test users beyond the {len(chosen):,} drawn")
-    if most_per_user:
+    if most_per_user or most_tested:
+        most = pl.when(pl.col("split") == "train").then(most_per_user).otherwise(most_tested)
         users = asked["user_id"].unique().sort()
         starts = pl.DataFrame({"user_id": users, "start": np.random.default_rng([seed, 23]).random(len(users))})
         group = ["user_id", "split"]
         number, size = pl.int_range(pl.len(), dtype=pl.Int64).over(group), pl.len().over(group).cast(pl.Int64)
         step = number + (pl.col("start") * size).cast(pl.Int64)
         # A step is taken where it passes a multiple of size / most: exactly `most` of `size` steps do.
-        passes = (step + 1) * most_per_user // size > step * most_per_user // size
+        passes = (step + 1) * most // size > step * most // size
         marked = asked.join(starts, on="user_id", maintain_order="left", how="left")
-        marked = marked.filter((size <= most_per_user) | passes).drop("start")
-        asked = keep(marked, f"of users with more than {most_per_user:,}")
+        marked = marked.filter((most == 0) | (size <= most) | passes).drop("start")
+        asked = keep(marked, "of users with more than are taken of one")
     for part in SPLIT_OF.values():
         if not asked.filter(pl.col("split") == part).height:
             why = ", ".join(f"{count:,} {reason}" for (where, reason), count in lost.items() if where == part)
