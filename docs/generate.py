@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from next_item_tables import next_item_table, sample_speed_table, scale_table
+
 from e2p.cli import COMMANDS, main, usage
 from e2p.evaluation.aggregate import interval, markdown_table, p_value, signed
 from e2p.evaluation.sweep_tables import table as sweep_table
@@ -377,7 +379,15 @@ def pages() -> dict[Path, str]:
             why=why_table(),
             music=music_table(),
         ),
-        docs / "speed.md": filled(docs / "speed.md", speed=speed_table(), aims=aims_table(), kto=kto_speed_table()),
+        docs / "next_item.md": filled(docs / "next_item.md", next_item=next_item_table(hardware)),
+        docs / "speed.md": filled(
+            docs / "speed.md",
+            speed=speed_table(),
+            aims=aims_table(),
+            kto=kto_speed_table(),
+            sample=sample_speed_table(hardware),
+            scale=scale_table(hardware),
+        ),
     }
 
 

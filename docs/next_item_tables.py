@@ -1,0 +1,149 @@
+"""Tables of docs/next_item.md from results/nextitem_*.json, results/sasrec_*.json and the benches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from e2p.evaluation.aggregate import interval, p_value, signed
+
+ROOT = Path(__file__).parents[1]
+DATA = {
+    "movielens": ("MovieLens small, by time", ()),
+    "beauty": (
+        "Amazon Beauty, leave-one-out",
+        # Recall@5 and @10 as their authors report them, on all 22,363 users.
+        (("TIGER, published", 0.0454, 0.0648), ("SASRec with full cross-entropy, published", 0.0543, 0.0821)),
+    ),
+    "industrial": ("Amazon Industrial, MiniOneRec's codes", ()),
+}
+ARMS = {
+    "none": "none (the adapted model)",
+    "prompt": "text profile",
+    "static": "static",
+    "random": "random",
+    "shuffled": "shuffled",
+    "e2p": "**E2P**",
+    "e2p+prompt": "**E2P + text profile**",
+    "retrieval": "retrieval by the vectors",
+    "popularity": "popularity",
+}
+SHOWN = ("hit_rate@30", "recall@5", "recall@10", "ndcg@10")
+TESTED = ("true minus random", "true minus static", "true minus shuffled", "true minus none",
+          "e2p+prompt minus prompt", "true minus retrieval")  # fmt: skip
+
+
+def next_item_table(hardware: Callable[[dict[str, Any]], str]) -> str:
+    """Of every data set that was run: arms, other systems on the same queries, differences."""
+    parts = []
+    for name, (title, published) in DATA.items():
+        content = _read(f"nextitem_{name}")
+        if content is None:
+            continue
+        whole = content["results"]
+        metrics = {one["metric"]["name"]: one for one in (whole, *whole["other_metrics"])}
+        lines = [f"### {title}", "", "| arm | HitRate@30 | Recall@5 | Recall@10 | NDCG@10 | coverage | popularity |",
+                 "|---|---|---|---|---|---|---|"]  # fmt: skip
+        about = whole["next_item"]["arms"]
+        for arm, label in ARMS.items():
+            if arm not in metrics["recall@10"]["arms"]:
+                continue
+            cells = [_number(metrics[metric]["arms"][arm], metric) for metric in SHOWN]
+            cells += [f"{about[arm]['coverage']['30']:.2f}", f"{metrics['popularity']['arms'][arm]['popularity']:.2f}"]
+            lines.append(f"| {' | '.join([label, *cells])} |")
+        other = _read(f"sasrec_{name}")
+        if other is not None:
+            found = other["test"]["sasrec"]["all"]
+            shown = [
+                f"{found[metric]['mean']:.4f} {interval(found[metric]['ci'], '{:.4f}'.format)}"
+                for metric in ("recall@30", "recall@5", "recall@10", "ndcg@10")
+            ]
+            lines.append(f"| SASRec, full cross-entropy (ours) | {' | '.join(shown)} |  |  |")
+        lines += [f"| {label} |  | {five:.4f} | {ten:.4f} |  |  |  |" for label, five, ten in published]
+        lines += ["", "| difference | HitRate@30 | Recall@10 | nats per token |", "|---|---|---|---|"]
+        for row in TESTED:
+            cells = [_difference(metrics[metric], row) for metric in ("hit_rate@30", "recall@10", "nats_per_token")]
+            if any(cells):
+                lines.append(f"| {row} | {' | '.join(cells)} |")
+        first, adapted = whole["comparisons"][0], content["adapt"]["validation"]
+        made = whole["provenance"]
+        lines += [
+            "",
+            f"{first['examples']:,} test queries of {first['users']:,} users, seeds "
+            f"{', '.join(map(str, whole['seeds']))}; {whole['next_item']['unseen_targets']:,} of the items nobody had "
+            f"in training. Adapted backbone: {adapted['before']:.2f} nats a token before, {adapted['after']:.2f} after "
+            f"epoch {content['adapt']['best_epoch']:g}. Verdict: {whole['verdict'].split(':')[0]}.",
+            "",
+            f"`python {content['provenance']['command']}`, commit {str(made['commit'])[:10]}, {hardware(made)}: "
+            f"[results/nextitem_{name}.json](../results/nextitem_{name}.json).",
+        ]
+        if other is not None:
+            run = other["provenance"]
+            lines[-1] += (
+                f" `python {run['command']}`, commit {str(run['commit'])[:10]}: "
+                f"[results/sasrec_{name}.json](../results/sasrec_{name}.json)."
+            )
+        parts.append("\n".join([*lines, ""]))
+    return "\n".join(parts)
+
+
+def sample_speed_table(hardware: Callable[[dict[str, Any]], str]) -> str:
+    """docs/speed.md: items by our decoding against transformers' generate."""
+    content = _read("bench_sample")
+    if content is None:
+        return ""
+    lines = ["| side | queries/s | against `generate` | peak memory |", "|---|---|---|---|"]
+    for side, found in content["sides"].items():
+        ratio = content["ratios"].get(f"{side} to generate")
+        speed = ratio["speed"] if ratio else None
+        shown = f"**{speed['median']:.2f}** ({speed['min']:.2f} to {speed['max']:.2f})" if speed else "1"
+        memory = f"{ratio['memory']:.2f}" if ratio else "1"
+        lines.append(f"| `{side}` | {found['queries_per_second']:.2f} | {shown} | {memory} |")
+    made = content["provenance"]
+    lines += ["", f"`{made['command']}`, commit {str(made['commit'])[:10]}, {hardware(made)}: "
+              "[results/bench_sample.json](../results/bench_sample.json).", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def scale_table(hardware: Callable[[dict[str, Any]], str]) -> str:
+    """docs/speed.md: the trie and the join by time."""
+    content = _read("bench_scale")
+    if content is None:
+        return ""
+    lines = ["| | seconds (median; least, most) | aim | peak memory |", "|---|---|---|---|"]
+    for name, what, aim in (
+        ("trie", f"trie of {content['items']:,} items", "10"),
+        ("join", f"{content['examples']:,} examples with {content['versions']:,} vectors by time", "5"),
+    ):
+        found = content[name]
+        seconds = found["seconds"]
+        missed = "" if seconds["median"] <= float(aim) else ", missed"
+        lines.append(
+            f"| {what} | {seconds['median']:.2f} ({seconds['least']:.2f}, {seconds['most']:.2f}) | {aim}{missed} | "
+            f"{found['peak_bytes'] / 2**20:,.0f} MiB |"
+        )
+    made = content["provenance"]
+    lines += ["", f"The trie itself holds {content['trie']['bytes'] / 2**20:.0f} MiB. `{made['command']}`, commit "
+              f"{str(made['commit'])[:10]}, {hardware(made)}: "
+              "[results/bench_scale.json](../results/bench_scale.json).", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    file = ROOT / "results" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _number(found: dict[str, Any], metric: str) -> str:
+    return f"{found[metric]:.4f} {interval(found[f'{metric}_ci'], '{:.4f}'.format)}"
+
+
+def _difference(tested: dict[str, Any], name: str) -> str:
+    row = next((row for row in tested["comparisons"] if row["name"] == name), None)
+    if row is None:
+        return ""
+    p = p_value(row["p_holm"])
+    shown = "{:+.4f}".format if tested["metric"]["better"] == "higher" else signed
+    return f"{shown(row['difference'])} {interval(row['ci'], shown)}, p {p if p.startswith('<') else f'= {p}'}"
