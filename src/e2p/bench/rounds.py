@@ -300,8 +300,8 @@ def _table(kind: type[Bench], setting: Setting, rounds: int, folder: Path, conso
         }
     ratios = {
         f"{side} to {base}": {
-            "speed": _spread([b[0] / a[0] for a, b in zip(seconds[side], seconds[base], strict=True)]),
-            "speed_cpu_time": _spread([b[1] / a[1] for a, b in zip(seconds[side], seconds[base], strict=True)]),
+            "speed": spread([b[0] / a[0] for a, b in zip(seconds[side], seconds[base], strict=True)]),
+            "speed_cpu_time": spread([b[1] / a[1] for a, b in zip(seconds[side], seconds[base], strict=True)]),
             "memory": round(memory[side] / memory[base], 3) if memory[base] else None,
         }
         for side, base in kind.pairs
@@ -318,7 +318,8 @@ def _table(kind: type[Bench], setting: Setting, rounds: int, folder: Path, conso
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Smallest, middle and greatest."""
     found = {"min": min(values), "median": statistics.median(values), "max": max(values)}
     return {name: round(value, 3) for name, value in found.items()}
 

@@ -55,10 +55,11 @@ class FrozenBackbone(nn.Module):
         self.base: Any = model.base_model
         self.head = _head(model, self.config)
         takes = inspect.signature(self.base.forward).parameters
-        self._takes_positions = "position_ids" in takes
-        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
+        self.takes_positions = "position_ids" in takes
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         self._checkpointing = False
         self.share_prompts = _has_plain_cache(self.config)
+        self.branches: bool | None = None  # whether answers can run side by side; found out when that is first asked
         self._check_head()
         self.autocast_dtype = autocast_dtype(precision, self.device, model.dtype)
         if self.autocast_dtype is not None:
@@ -126,8 +127,8 @@ class FrozenBackbone(nn.Module):
         weight = self.model.get_input_embeddings().weight
         rows = torch.linspace(0, weight.shape[0] - 1, 8, device=weight.device).long()
         at = torch.arange(len(rows), device=weight.device)[None]
-        with self._autocast():
-            seen = self._hidden(Spliced(self.embed(rows[None]), torch.ones_like(at), at))[0, -1].float()
+        with self.autocast():
+            seen = self.hidden_states(Spliced(self.embed(rows[None]), torch.ones_like(at), at))[0, -1].float()
         places = torch.linspace(0, len(seen) - 1, min(16, len(seen)), device=seen.device).long()
         probe = seen[places] / seen.square().mean().sqrt().clamp(min=1e-12)
         return {
@@ -165,7 +166,7 @@ class FrozenBackbone(nn.Module):
         and once for all rows that share it.
         """
         hidden, labels = self.completion_states(batch, prefix)
-        with self._autocast():
+        with self.autocast():
             return label_logprobs(hidden, labels, self.head)
 
     def distilled_logprobs(
@@ -182,7 +183,7 @@ class FrozenBackbone(nn.Module):
         with torch.no_grad():
             target, _ = self.completion_states(teacher, None)
         hidden, labels = self.completion_states(batch, prefix)
-        with self._autocast():
+        with self.autocast():
             return label_logprobs(hidden, labels, self.head), divergence(hidden, target, self.head)
 
     def completion_states(
@@ -190,7 +191,7 @@ class FrozenBackbone(nn.Module):
     ) -> tuple[Float[Tensor, "n h"], Int[Tensor, "n"]]:
         """Last hidden states that predict each completion token, row after row, and these tokens."""
         late = prefix is not None and bool((batch.splice == batch.prompt_lengths).all())
-        with self._autocast():
+        with self.autocast():
             if late and self.share_prompts and not self._checkpointing:
                 assert prefix is not None
                 hidden = self._after_shared_prompt(batch, prefix)
@@ -212,7 +213,7 @@ class FrozenBackbone(nn.Module):
         )
         # The last token of a completion predicts nothing that is labelled, so it is left out.
         lengths = batch.prompt_lengths + batch.completion_lengths - 1
-        hidden = self._hidden(splice(self.embed(ids), lengths, prefix, batch.splice))
+        hidden = self.hidden_states(splice(self.embed(ids), lengths, prefix, batch.splice))
         k = 0 if prefix is None else prefix.shape[1]
         first = batch.prompt_lengths + (k - 1)
         at = first[:, None] + torch.arange(batch.completion.shape[1], device=first.device)
@@ -227,7 +228,7 @@ class FrozenBackbone(nn.Module):
         nowhere = torch.zeros_like(lengths)
         with torch.no_grad():  # padded on the left: a sliding window then sees no gap between prompt and completion
             prompt = splice(self.embed(batch.prompt[batch.unique]), lengths, None, nowhere, pad_left=True)
-            self._hidden(prompt, cache)
+            self.hidden_states(prompt, cache)
             if len(batch.unique) < len(batch):
                 cache.batch_select_indices(batch.shared)
         tail = splice(
@@ -241,16 +242,24 @@ class FrozenBackbone(nn.Module):
             torch.cat([prompt.mask[batch.shared], tail.mask], dim=1),
             tail.positions + batch.prompt_lengths[:, None],
         )
-        hidden = self._hidden(whole, cache)
+        hidden = self.hidden_states(whole, cache)
         return hidden[:, prefix.shape[1] - 1 :]
 
-    def _hidden(self, inputs: Spliced, cache: Any = None) -> Tensor:
-        extra = {"position_ids": inputs.positions} if self._takes_positions else {}
+    def hidden_states(self, inputs: Spliced, cache: Any = None, mask: Any = None) -> Tensor:
+        """Last hidden states [B, T, H], as the caller's autocast makes them.
+
+        Args:
+            inputs: what is read.
+            cache: transformers' cache of what was read before; it grows.
+            mask: what attention may look at, in place of the mask of ``inputs``: a tensor [B, 1, T, S] as the attention
+                implementation takes it, or one for each type of layer by name.
+        """
+        extra = {"position_ids": inputs.positions} if self.takes_positions else {}
         output = self.base(
             inputs_embeds=inputs.embeds,
-            attention_mask=inputs.mask,
+            attention_mask=inputs.mask if mask is None else mask,
             use_cache=cache is not None,
-            **{self._cache_name: cache},
+            **{self.cache_name: cache},
             **extra,
         )
         return output.last_hidden_state
@@ -272,14 +281,9 @@ class FrozenBackbone(nn.Module):
             settings: passed to ``transformers``' ``generate`` (``max_new_tokens``, ``do_sample``, ``temperature``,
                 ``num_beams``, ``repetition_penalty``, ``streamer``, ...).
         """
-        device = self.device
-        lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
-        filler = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
-        width = int(lengths.max())
-        ids = torch.full((len(prompts), width), filler, device=device)
-        for row, prompt in zip(ids, prompts, strict=True):
-            row[: len(prompt.ids)] = torch.tensor(prompt.ids, device=device)
-        where = torch.tensor(list(at), device=device)
+        ids, lengths, filler = self.padded(prompts)
+        width = ids.shape[1]
+        where = torch.tensor(list(at), device=self.device)
         inputs = splice(self.embed(ids), lengths, prefix, where, pad_left=True)
         k = 0 if prefix is None else prefix.shape[1]
         # Processors such as the repetition penalty read ids: the prompt's own. Where no token stands, its first one is
@@ -290,14 +294,9 @@ class FrozenBackbone(nn.Module):
             known[row, pad : pad + cut] = ids[row, :cut]
             known[row, pad + cut + k :] = ids[row, cut : len(prompt.ids)]
         end = settings.pop("eos_token_id", None)
-        asked = width + k + int(settings.get("max_new_tokens") or 0)
-        if self.window is not None and asked > self.window:
-            raise BackboneError(
-                f"expected prompt and answer within the backbone's window of {self.window} tokens, got {asked}; "
-                "lower max_new_tokens or shorten the prompt"
-            )
+        self.require_room(width + k + int(settings.get("max_new_tokens") or 0), "lower max_new_tokens or shorten")
         ends = self._ends() if end is None else sorted({end} if isinstance(end, int) else set(end))
-        with self._autocast():
+        with self.autocast():
             out = self.model.generate(
                 inputs=known,
                 inputs_embeds=inputs.embeds,
@@ -308,13 +307,35 @@ class FrozenBackbone(nn.Module):
             )
         return [_until(row, ends) for row in out[:, width + k :].tolist()]
 
+    def padded(self, prompts: Sequence[EncodedPrompt]) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b"], int]:
+        """Ids of prompts, padded on the right, their numbers of tokens, and the filler."""
+        lengths = torch.tensor([len(p.ids) for p in prompts], device=self.device)
+        filler = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+        ids = torch.full((len(prompts), int(lengths.max())), filler, device=self.device)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt.ids)] = torch.tensor(prompt.ids, device=self.device)
+        return ids, lengths, filler
+
+    def require_room(self, tokens: int, advice: str = "shorten") -> None:
+        """Refuse what is longer than the window.
+
+        Raises:
+            BackboneError: prompt and answer have more tokens than the window.
+        """
+        if self.window is not None and tokens > self.window:
+            raise BackboneError(
+                f"expected prompt and answer within the backbone's window of {self.window} tokens, got {tokens}; "
+                f"{advice} the prompt"
+            )
+
     def _ends(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's, and those that the checkpoint names for generation."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         ends = {self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
         return sorted(end for end in ends if end is not None)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the forward pass."""
         return torch.autocast(
             self.device.type,
             dtype=self.autocast_dtype or torch.bfloat16,

@@ -30,7 +30,17 @@ class Head(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "n h"]) -> Float[Tensor, "n v"]:
         """Logits in float32."""
-        logits = self.linear(hidden).float() * self.scale
+        return self._finished(self.linear(hidden))
+
+    def some(self, hidden: Float[Tensor, "n h"], tokens: Int[Tensor, "m"]) -> Float[Tensor, "n m"]:
+        """Logits of some tokens alone, in float32."""
+        if type(self.linear) is not nn.Linear:  # a quantised one has no rows to take
+            return self(hidden)[:, tokens]
+        bias = None if self.linear.bias is None else self.linear.bias[tokens]
+        return self._finished(nn.functional.linear(hidden, self.linear.weight[tokens], bias))
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        logits = logits.float() * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @property
