@@ -39,6 +39,7 @@ COMMANDS = {
     "generate": Command("e2p.model.answer", "generate", "answer a prompt for a user"),
     "bench train": Command("e2p.bench.train", "bench", "training speed and memory against PEFT prompt tuning"),
     "bench kto": Command("e2p.bench.kto", "bench", "the same of training on yes/no labels against TRL's KTOTrainer"),
+    "bench sample": Command("e2p.bench.sample", "bench", "speed and memory of generating items against generate"),
     "bench scale": Command(
         "e2p.bench.scale", "bench", "a large catalogue's trie, and the join of many vectors by time"
     ),
