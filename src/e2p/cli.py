@@ -37,6 +37,7 @@ COMMANDS = {
     "report": Command("e2p.evaluation.report", "report", "write a run's report again; loads no model"),
     "sweep": Command("e2p.evaluation.sweep", "sweep", "train and judge many settings, one at a time"),
     "generate": Command("e2p.model.answer", "generate", "answer a prompt for a user"),
+    "recommend": Command("e2p.items.recommend", "recommend", "next items for users, by codes"),
     "bench train": Command("e2p.bench.train", "bench", "training speed and memory against PEFT prompt tuning"),
     "bench kto": Command("e2p.bench.kto", "bench", "the same of training on yes/no labels against TRL's KTOTrainer"),
     "bench sample": Command("e2p.bench.sample", "bench", "speed and memory of generating items against generate"),

@@ -17,6 +17,8 @@ from e2p.errors import BackboneError
 from e2p.items.semantic_ids import SemanticIds, read_codes
 from e2p.items.trie import Trie
 
+PROMPT = "next after: "  # before a history; a backbone is adapted to the same words as phi is trained with
+
 
 @dataclass(frozen=True, eq=False)
 class CodeVocabulary:
@@ -82,3 +84,8 @@ def add_code_tokens(tokenizer: Any, ids: SemanticIds) -> int:
 def items_text(ids: SemanticIds, rows: Sequence[int]) -> str:
     """Items as a text, codes side by side and a space between items: ``<a_1><b_2> <a_3><b_4>``."""
     return " ".join("".join(ids.tokens(row)) for row in rows)
+
+
+def history_text(ids: SemanticIds, rows: Sequence[int], window: int) -> str:
+    """The prompt of a history: its last ``window`` items as codes, oldest first."""
+    return PROMPT + items_text(ids, rows[-window:])

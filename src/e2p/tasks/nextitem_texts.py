@@ -9,9 +9,9 @@ import numpy.typing as npt
 import polars as pl
 
 from e2p.items.semantic_ids import SemanticIds
+from e2p.items.vocabulary import PROMPT, items_text
 from e2p.tasks.nextitem_files import Kind
 
-PROMPT = "next after: "  # before a history; the backbone is adapted to the same words as phi is trained with
 BEST_GENRES, LAST_TITLES, TITLE_WORDS = 3, 3, 8
 _ENTRIES = 2_000_000  # items of histories that are written at once
 Ints = npt.NDArray[np.int64]
@@ -40,8 +40,6 @@ class Writer:
     @classmethod
     def of(cls, log: pl.DataFrame, items: pl.DataFrame, ids: SemanticIds, kind: Kind) -> Writer:
         """From a log with ``row`` and ``place``, and the items in the order of their codes (item, text, genres)."""
-        from e2p.items.vocabulary import items_text  # here: it brings torch
-
         codes = pl.Series("codes", [items_text(ids, [row]) for row in range(len(ids))])
         names = None if items["text"].null_count() == items.height else items["item"].str.to_lowercase()
         starts = np.arange(log.height) - log["place"].to_numpy()
