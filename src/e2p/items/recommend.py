@@ -20,6 +20,7 @@ from e2p.items.decoding import best_items, sample_items
 from e2p.items.semantic_ids import SemanticIds
 from e2p.items.vocabulary import CodeVocabulary, history_text, open_codes
 from e2p.model.answer import newest_vector
+from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel
 from e2p.model.prefill import prefill
 from e2p.model.projector import Vectors
@@ -132,7 +133,7 @@ class ItemRecommender:
 
 def recommend(
     run: str,
-    users: list[str],
+    users: list[str] | None = None,
     k: int = 10,
     backbone: str | None = None,
     window: int = 20,
@@ -142,7 +143,7 @@ def recommend(
 
     Args:
         run: run folder of a next-item task.
-        users: user ids, as u1 or u1,u2; each with all that he has had, and his newest vector.
+        users: user ids, as u1 or [u1,u2]; each with all that he has had, and his newest vector.
         k: items for each.
         backbone: where the adapted backbone lies now, if not where the run says.
         window: most items of a history that are shown to the model; as in training.
@@ -153,7 +154,9 @@ def recommend(
     from rich.text import Text
 
     if not users or k < 1:
-        raise ConfigError(f"users, k: expected at least one user and a whole number >= 1, got {users} and {k}")
+        raise ConfigError(
+            f"users, k: expected at least one user and a whole number >= 1, got {users or 'none'} and {k}"
+        )
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise RunError(f"{folder}: expected a run with config.yaml and adapter/, found none; run e2p train first")
@@ -162,7 +165,7 @@ def recommend(
     if not tables.items:
         raise RunError(f"{folder}: expected a run with evaluation.next_item, got none; see e2p prepare nextitem")
     place: BackboneConfig = replace(config.backbone, model=backbone, revision=None) if backbone else config.backbone
-    model = E2PModel.from_pretrained(folder / "adapter", place)
+    model = E2PModel.from_pretrained(folder / "adapter", FrozenBackbone.load(place, config.training.precision))
     recommender = ItemRecommender.of(model, open_codes(tables.codes), window)
     catalogue = load_catalogue(tables.items)
     names = dict(zip(catalogue.ids, catalogue.names, strict=True))
