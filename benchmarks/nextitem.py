@@ -19,7 +19,7 @@ from seeds import folders, placed, shown
 
 from e2p.config import EvaluationConfig, ObjectiveConfig, ProjectorConfig, RunConfig, TrainingConfig
 from e2p.config_io import load_yaml
-from e2p.evaluation.audit import RECOMMENDED, audit, load_scored
+from e2p.evaluation.audit import ABOUT, audit, load_scored
 from e2p.evaluation.evaluate import evaluate
 from e2p.items.adapt import RECORD, adapt
 from e2p.provenance import provenance
@@ -49,8 +49,8 @@ PLANS = {
         "Amazon Beauty 5-core, leave-one-out; codes and vectors of the interactions before phi's.",
     ),
     "movielens": Plan(
-        {"window": 10, "stride": 10, "most_per_user": 100, "most_tested_per_user": 15},
-        {"epochs": 8, "batch_size": 16, "learning_rate": 2e-3},
+        {"window": 10, "stride": 5, "most_per_user": 100, "most_tested_per_user": 15},
+        {"epochs": 5, "batch_size": 32, "learning_rate": 2e-3},
         TrainingConfig(epochs=3, batch_size=32, learning_rate=5e-3, weight_decay=0.1),
         PHI,
         "MovieLens small by time: the backbone learns codes first, phi from what came next, test last.",
@@ -92,8 +92,12 @@ def main() -> None:
     options = parser.parse_args()
     plan, work = PLANS[options.name], options.work / options.name
     tables, adapted, run = work / "tables", work / "backbone", work / "run"
+    work.mkdir(parents=True, exist_ok=True)
+    kept, made = work / "plan.json", json.dumps([plan.prepare, plan.adapt], indent=1)
+    if kept.exists() and kept.read_text(encoding="utf-8") != made:
+        raise SystemExit(f"{work}: was made by another plan; delete it and run again")
+    kept.write_text(made, encoding="utf-8")
     if not tables.exists():
-        tables.parent.mkdir(parents=True, exist_ok=True)
         prepare(options.data, str(tables), **plan.prepare)
     if not (adapted / RECORD).is_file():
         adapt(
@@ -108,7 +112,7 @@ def main() -> None:
     config = settings(plan, tables, adapted, run)
     if not (run / "adapter").is_dir():
         train(config, resume=(run / "config.yaml").is_file())
-    if sum((folder / RECOMMENDED).is_file() for folder in folders(run)) < len(options.seeds):
+    if sum((folder / ABOUT).is_file() for folder in folders(run)) < len(options.seeds):
         evaluate([str(run)], tuple(options.seeds))
     for folder in folders(run):
         own = load_yaml(folder / "config.yaml")

@@ -55,7 +55,7 @@ def next_item_table(hardware: Callable[[dict[str, Any]], str]) -> str:
             lines.append(f"| {' | '.join([label, *cells])} |")
         other = _read(f"sasrec_{name}")
         if other is not None:
-            found = other["test"]["sasrec"]["all"]
+            found = other["test"]["sasrec"]["unseen"]  # without what the user had, as in all arms
             shown = [
                 f"{found[metric]['mean']:.4f} {interval(found[metric]['ci'], '{:.4f}'.format)}"
                 for metric in ("recall@30", "recall@5", "recall@10", "ndcg@10")

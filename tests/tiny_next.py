@@ -20,7 +20,7 @@ from e2p.config import (
 from e2p.data.tables import write_embeddings
 from e2p.items.adapt import speaking
 from e2p.items.semantic_ids import SemanticIds
-from e2p.items.vocabulary import items_text
+from e2p.items.texts import items_text
 from tiny_run import write_backbone
 
 ITEMS, GROUP, USERS = 12, 6, 40

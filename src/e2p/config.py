@@ -277,26 +277,30 @@ class NextItemConfig:
     Args:
         items: table of item_id, item (the name), embedding and popularity; empty: no items are ranked.
         codes: folder with the items' codes, or a JSON file of ready ones. The backbone must speak them (`e2p adapt`).
-        interactions: table of user_id, item_id and timestamp: what a user had before is not retrieved for him.
+        interactions: table of user_id, item_id and timestamp: what a user had, and when.
+        seen: what he had before an example is dropped from its rankings, in all arms alike, or kept.
+        window: most items of a history in a prompt, as the examples were prepared; for ``e2p recommend``.
         samples: draws for each query; the different ones of them are ranked by log-probability (paper, Section 4.3).
         temperature: of the draws.
-        beam: partial codes that are kept in the beam search; also the most items that it ranks.
+        beam: partial codes that are kept in the beam search; also the most items that it finds, seen ones included.
         cutoffs: lengths k of the lists that are judged.
     """
 
     items: str = ""
     codes: str = ""
     interactions: str = ""
+    seen: Literal["drop", "keep"] = "drop"
+    window: int = 20
     samples: int = 30
     temperature: float = 1.0
-    beam: int = 30
+    beam: int = 50
     cutoffs: tuple[int, ...] = (5, 10, 30)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cutoffs", tuple(self.cutoffs))
         tables = [bool(getattr(self, name)) for name in ("items", "codes", "interactions")]
         _require(len(set(tables)) == 1, "evaluation.next_item", "items, codes and interactions, or none", self)
-        for name in ("samples", "beam"):
+        for name in ("window", "samples", "beam"):
             _require(getattr(self, name) >= 1, f"evaluation.next_item.{name}", "a number >= 1", getattr(self, name))
         _require(self.temperature > 0, "evaluation.next_item.temperature", "a number > 0", self.temperature)
         ks = self.cutoffs

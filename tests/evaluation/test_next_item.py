@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from e2p.config import (
     NextItemConfig,
     RunConfig,
 )
+from e2p.config_io import save_yaml
 from e2p.errors import BackboneError, ConfigError, DataError
 from e2p.evaluation.judge import judge
-from e2p.evaluation.next_item import load_next_items, rank_of
+from e2p.evaluation.next_item import load_next_items, rank_of, without_model
 from e2p.evaluation.report import write_report
 from e2p.items.semantic_ids import SemanticIds
 from e2p.training.inputs import RunInputs
@@ -106,7 +108,7 @@ def test_log_probabilities_are_the_models_own_among_valid_codes(
 ) -> None:
     """Of the bare model: each code's log p of the whole vocabulary, renormalised over what may follow."""
     backbone, inputs = loaded
-    shelf = load_next_items(config.evaluation.next_item, config.data.examples, inputs, backbone)
+    shelf = load_next_items(config.evaluation.next_item, config.data, inputs, backbone)
     tokens = [[int(shelf.vocabulary.tokens[level][c]) for level, c in enumerate(codes)]
               for codes in shelf.vocabulary.ids.codes.tolist()]  # fmt: skip
     kept = pl.read_parquet(Path(config.output) / "recommended.parquet")
@@ -123,6 +125,13 @@ def test_log_probabilities_are_the_models_own_among_valid_codes(
     assert row["items"] == [item(int(number)) for number in best.indices]
     np.testing.assert_allclose(row["logprobs"], best.values.numpy(), atol=1e-4)
     assert all(own["certain"] is None or 0 <= own["certain"] <= 1 for own in results["next_item"]["arms"].values())
+
+
+def test_examples_without_times_cannot_be_judged(config: RunConfig, loaded: tuple[Any, RunInputs]) -> None:
+    inputs = loaded[1]
+    bare = replace(inputs, keys=inputs.keys.with_columns(timestamp=pl.lit(None, inputs.keys["timestamp"].dtype)))
+    with pytest.raises(DataError, match="expected a timestamp for every test example"):
+        load_next_items(config.evaluation.next_item, config.data, bare, loaded[0])
 
 
 def test_retrieval_and_popularity_offer_nothing_that_was_had(config: RunConfig, results: dict[str, Any]) -> None:
@@ -199,26 +208,73 @@ def test_tables_that_cannot_judge_are_named(
     paths[table] = str(changed)
     source = paths.pop("examples")
     with pytest.raises(DataError, match=message):
-        load_next_items(replace(judged, **paths), source, loaded[1], loaded[0])
+        load_next_items(replace(judged, **paths), replace(config.data, examples=source), loaded[1], loaded[0])
 
 
 def test_a_backbone_that_does_not_speak_the_codes_is_refused(
     config: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path
 ) -> None:
     backbone, inputs = loaded
-    judged, source = config.evaluation.next_item, config.data.examples
+    judged, source = config.evaluation.next_item, config.data
     more = SemanticIds(["i0", "i1"], np.array([[0, 0], [1, 9]]), (2, 10), False)
     more.save(tmp_path / "more")
     with pytest.raises(BackboneError, match=r"got none for <b_6> and 3 others; run e2p adapt"):
         load_next_items(replace(judged, codes=str(tmp_path / "more")), source, inputs, backbone)
-    (tmp_path / "adapted").mkdir()
-    (tmp_path / "adapted" / "adapt.json").write_text(json.dumps({"settings": {"codes": "0123"}}))
-    backbone.source, plain = str(tmp_path / "adapted"), backbone.source
+    own = SemanticIds.load(judged.codes)
+    for name, codes in (("same", own.codes), ("other", own.codes[::-1])):
+        SemanticIds(own.ids, codes, own.sizes, False).save(tmp_path / name / "codes")
+    plain = backbone.source
     try:
-        with pytest.raises(BackboneError, match=r"got one of version 0123; adapt it to these"):
+        backbone.source = str(tmp_path / "same")
+        load_next_items(judged, source, inputs, backbone)
+        grown = SemanticIds([*own.ids[:-1]], own.codes[:-1], own.sizes, False)  # the catalogue has gained an item since
+        grown.save(tmp_path / "grown" / "codes")
+        backbone.source = str(tmp_path / "grown")
+        load_next_items(judged, source, inputs, backbone)
+        backbone.source = str(tmp_path / "other")
+        with pytest.raises(BackboneError, match=r"got one of version \w+; adapt it to these"):
             load_next_items(judged, source, inputs, backbone)
+        for name, taught in (("chat", "never"), ("profile_template", "persona: {profile}")):
+            backbone.source = str(tmp_path / name)
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "adapt.json").write_text(json.dumps({"settings": {name: taught}}))
+            with pytest.raises(ConfigError, match=rf"data\.{name}: expected '{taught}'"):
+                load_next_items(judged, source, inputs, backbone)
     finally:
         backbone.source = plain
+
+
+def test_what_was_had_is_dropped_from_every_ranking_or_from_none(config: RunConfig, tmp_path: Path) -> None:
+    had = pl.read_parquet(config.evaluation.next_item.interactions)
+    table = pl.read_parquet(config.data.examples)
+    before = {}
+    for row, example in enumerate(table.iter_rows(named=True)):
+        own = had.filter((pl.col("user_id") == example["user_id"]) & (pl.col("timestamp") < example["timestamp"]))
+        before[str(row)] = set(own["item_id"])
+    for seen in ("drop", "keep"):
+        run = tmp_path / seen
+        judged = replace(config.evaluation, next_item=replace(config.evaluation.next_item, seen=seen))
+        shutil.copytree(config.output, run)
+        save_yaml(replace(config, evaluation=judged, output=str(run)), run / "config.yaml")
+        results = judge(run)
+        kept = pl.read_parquet(run / "recommended.parquet")
+        repeats = dict.fromkeys(kept["arm"].unique(), 0)
+        for row in kept.iter_rows(named=True):
+            repeats[row["arm"]] += len(before[row["example_id"]] & set(row["items"]))
+        assert all(count == 0 if seen == "drop" else count > 0 for count in repeats.values()), (seen, repeats)
+        assert results["next_item"]["seen_targets"] == 0
+
+
+def test_who_has_no_vector_is_offered_what_is_popular(config: RunConfig, tmp_path: Path) -> None:
+    table = pl.read_parquet(config.data.embeddings)
+    table.filter(pl.col("user_id") != "u35").write_parquet(tmp_path / "embeddings.parquet")
+    data = replace(config.data, embeddings=str(tmp_path / "embeddings.parquet"), missing_vector="null")
+    backbone, inputs = inputs_of(replace(config, data=data))
+    shelf = load_next_items(config.evaluation.next_item, data, inputs, backbone)
+    retrieved, popular = (without_model(arm, inputs, shelf) for arm in ("retrieval", "popularity"))
+    same = retrieved.filter(pl.col("user_id") == "u35")["items"].to_list()
+    assert same == popular.filter(pl.col("user_id") == "u35")["items"].to_list()
+    assert retrieved["items"].to_list() != popular["items"].to_list()
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:

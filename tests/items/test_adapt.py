@@ -13,11 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from e2p.cli import main
-from e2p.errors import ConfigError, DataError, RunError
+from e2p.errors import BackboneError, ConfigError, DataError, RunError
 from e2p.items.adapt import CODES, RECORD, adapt, read_rows, speaking
 from e2p.items.adapt_training import AdaptSettings
 from e2p.items.semantic_ids import SemanticIds
-from e2p.items.vocabulary import CodeVocabulary, items_text
+from e2p.items.texts import items_text
+from e2p.items.vocabulary import CodeVocabulary
 from tiny import EOS, tiny_model, tiny_tokenizer
 
 ITEMS = 8
@@ -81,15 +82,73 @@ def test_labels_are_the_completion_and_the_items_in_the_prompt_but_for_the_first
     assert {row.labelled for row in alone["train"]} == {LEVELS + 1}
 
 
-def test_a_share_of_the_rows_is_shown_with_the_profile(base: str, place: Path, ids: SemanticIds) -> None:
-    source = table(place / "profiled.parquet", ids, 400, profile=pl.lit("slow jazz"))
+def test_a_share_of_the_rows_is_shown_with_the_profile_and_learns_the_completion_alone(
+    base: str, place: Path, ids: SemanticIds
+) -> None:
+    """The profile tells of the items in the prompt: to learn them behind it would be to learn to read them off."""
+    source = table(place / "profiled.parquet", ids, 400, profile=pl.lit("slow jazz <a_0><b_1>"))
     _, tokenizer, _ = speaking(base, ids, 0)
     word = tokenizer("About", add_special_tokens=False)["input_ids"]
     for share, low, high in ((0.0, 0, 0), (0.5, 0.4, 0.6), (1.0, 1, 1)):
         rows = read_rows(source, tokenizer, ids, AdaptSettings(profile_share=share), 192)["train"]
-        told = np.mean([" ".join(map(str, word)) in " ".join(map(str, row.ids)) for row in rows])
-        assert low <= told <= high
-        assert not any(label >= 0 for row in rows for label in row.labels[:5])  # the profile is read, not learned
+        told = [" ".join(map(str, word)) in " ".join(map(str, row.ids)) for row in rows]
+        assert low <= np.mean(told) <= high
+        for row, profiled in zip(rows, told, strict=True):
+            assert row.labelled == (LEVELS + 1 if profiled else 3 * LEVELS + 1)
+
+
+def test_a_cut_prompt_leaves_whole_items_to_learn_and_is_counted(base: str, place: Path, ids: SemanticIds) -> None:
+    _, tokenizer, _ = speaking(base, ids, 0)
+    source = str(place / "adapt.parquet")
+    whole = read_rows(source, tokenizer, ids, AdaptSettings(), 192)["train"]
+    longest = max(len(row.ids) - LEVELS - 1 for row in whole)
+    with pytest.raises(DataError, match=r"row \d+ .*expected a prompt of at most"):
+        read_rows(source, tokenizer, ids, AdaptSettings(max_prompt_tokens=longest - 1), 192)
+    short = AdaptSettings(max_prompt_tokens=longest - 1, long_prompt="truncate")
+    level = {
+        token: at for at, tokens in enumerate(CodeVocabulary.of(ids, tokenizer).tokens) for token in tokens.tolist()
+    }
+    for row in read_rows(source, tokenizer, ids, short, 192)["train"]:
+        assert row.cut
+        labels = [level[label] for label in row.labels if label in level]
+        assert labels == [0, 1] * (len(labels) // LEVELS)
+
+
+def test_rows_that_nobody_engaged_with_are_not_learned(base: str, place: Path, ids: SemanticIds) -> None:
+    source = table(place / "labelled.parquet", ids, label=pl.int_range(pl.len()) % 3 != 0)
+    _, tokenizer, _ = speaking(base, ids, 0)
+    rows = read_rows(source, tokenizer, ids, AdaptSettings(), 192)
+    assert (len(rows["train"]), len(rows["validation"])) == (32, 8)
+
+
+def test_a_template_that_writes_before_the_answer_is_named(base: str, place: Path, ids: SemanticIds) -> None:
+    _, tokenizer, _ = speaking(base, ids, 0)
+    source = str(place / "adapt.parquet")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + ('hm ' if m['role'] == 'assistant' else ' ') "
+        "+ m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    with pytest.raises(
+        DataError, match=r"the chat template puts 'hm.*before them; adapt, and later train, with chat never"
+    ):
+        read_rows(source, tokenizer, ids, AdaptSettings(), 192)
+    plain = read_rows(source, tokenizer, ids, AdaptSettings(chat="never"), 192)["train"][0]
+    assert plain.labelled == 3 * LEVELS + 1
+
+
+def test_codes_that_fall_on_a_tables_padding_are_drawn_too(place: Path, ids: SemanticIds) -> None:
+    tokenizer = tiny_tokenizer()
+    padded = tiny_model("llama", vocab_size=len(tokenizer) + 64)
+    with torch.no_grad():
+        padded.get_input_embeddings().weight[len(tokenizer) :] = 0
+    padded.save_pretrained(place / "padded")
+    tokenizer.save_pretrained(place / "padded")
+    model, tokenizer, fresh = speaking(str(place / "padded"), ids, 0)
+    rows = tokenizer.convert_tokens_to_ids(ids.token_names())
+    assert fresh == len(rows) == 6
+    for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        assert len(torch.unique(weight[rows].detach(), dim=0)) == 6
+        assert float(weight[rows].detach().std()) > 0.1
 
 
 @pytest.mark.parametrize(("method", "tied"), [("full", False), ("full", True), ("lora", False), ("lora", True)])
@@ -190,6 +249,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     for text in ("<a_0>", "<b_0><a_0>", "jazz", "<a_0><b_0> <a_0><b_1>", "<a_0><b_9>"):
         with_completion(text)
         refused(r"row 7 \(user u7\): expected a completion of 2 codes", DataError)
+    frame.drop("split").write_parquet(place / "adapt.parquet")
+    refused("expected a column split with train and validation, got none", DataError)
     frame.with_columns(split=pl.lit("train")).write_parquet(place / "adapt.parquet")
     refused("the validation part is empty", DataError)
     refused("epochs: expected", ConfigError, epochs=0)
@@ -207,5 +268,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_an_item_that_the_codes_do_not_hold_is_refused(base: str, place: Path) -> None:
     fewer = SemanticIds(["x", "y"], np.array([[0, 0], [1, 3]]), (2, 4), False)
     fewer.save(place / "codes")
-    with pytest.raises(DataError, match=r"expected a completion of 2 codes of an item in .*semantic_ids"):
+    with pytest.raises(DataError, match=r"expected a completion of 2 codes of one item in .*semantic_ids"):
         run(base, place)
+
+
+def test_overwriting_costs_nothing_before_the_new_one_can_be_made(base: str, place: Path) -> None:
+    old = run(base, place, epochs=1)
+    weights = (old / "model.safetensors").read_bytes()
+    with pytest.raises(BackboneError):
+        run("nowhere", place, overwrite=True)
+    with pytest.raises(RunError, match="expected a new folder, found one; pass --overwrite"):
+        run(base, place)
+    with pytest.raises(RunError, match="expected an output beside what it is made of"):
+        run(str(old), place, overwrite=True)
+    (old / "notes.md").write_text("mine")
+    with pytest.raises(RunError, match=r"holds 'notes\.md', so it will not be overwritten"):
+        run(base, place, overwrite=True)
+    (old / "notes.md").unlink()
+    assert (old / "model.safetensors").read_bytes() == weights
+    run(base, place, epochs=1, overwrite=True, seed=7)
+    assert (old / "model.safetensors").read_bytes() != weights
+    assert not old.with_name("out.replaced").exists()

@@ -80,6 +80,7 @@ def bench(
         "join": {"seconds": _spread(found["join"]), "peak_bytes": max(held["join"])},
         "provenance": provenance(),
     }
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
     Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
     return result

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 from rich.console import Console
 from rich.progress import Progress
@@ -51,7 +52,7 @@ def open_judges(
     """
     judged = config.evaluation
     if judged.next_item.items:
-        return Judges(next_item=load_next_items(judged.next_item, config.data.examples, inputs, backbone))
+        return Judges(next_item=load_next_items(judged.next_item, config.data, inputs, backbone))
     if not judged.playlists.items:
         return Judges()
     with console.status("fitting the engagement predictor") if console else nullcontext():
@@ -95,8 +96,9 @@ def judge_generated(
     if judges.next_item is not None:
         certain: dict[str, float] = {}
         found = []
+        longest = np.max([arm.examples.tokens.prompt_lengths for arm in arms], axis=0)
         for arm in arms:
-            one, certain[arm.name] = recommend(arm, inputs, judges.next_item, budget, seed, bars)
+            one, certain[arm.name] = recommend(arm, inputs, judges.next_item, longest, budget, seed, bars)
             found.append(one)
         found += [without_model(arm, inputs, judges.next_item) for arm in extra if WITHOUT_MODEL[arm] == "next_item"]
         recommended = pl.concat(found)

@@ -2,7 +2,7 @@
 
 Two rankings of every query. ``sampled`` is the paper's protocol (Section 4.3): thirty draws at temperature 1, the
 different ones ranked by log-probability. ``beam`` is what a system would show: the likeliest items by beam search.
-Retrieval and popularity have one ranking, which stands for both.
+Retrieval and popularity have one ranking, which stands for both. What a user had before is dropped from all of them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import polars as pl
 import torch
 from rich.progress import Progress
 
-from e2p.config import NextItemConfig
+from e2p.config import DataConfig, NextItemConfig
 from e2p.data.batches import Ints, token_passes
 from e2p.data.sources import open_table
 from e2p.data.templates import EncodedPrompt
-from e2p.errors import BackboneError, DataError
+from e2p.errors import ConfigError, DataError
 from e2p.evaluation.arms import Arm
 from e2p.items.catalogue import load_catalogue
 from e2p.items.decoding import best_items, sample_items
 from e2p.items.retrieval import nearest
-from e2p.items.vocabulary import CodeVocabulary, open_codes
+from e2p.items.vocabulary import CodeVocabulary, open_codes, require_spoken
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.prefill import prefill
 from e2p.training.inputs import RunInputs
@@ -62,27 +62,36 @@ class NextItems:
     targets: Ints
     about: Mapping[str, Any]
 
-    def had(self, user: str, time: int | None) -> Ints:
-        """What a user had before a time; everything, where there is none."""
-        times, items = self.earlier.get(user, (np.zeros(0, np.int64), np.zeros(0, np.int64)))
-        return items[: len(times) if time is None else int(np.searchsorted(times, time, side="left"))]
+    def had(self, keys: pl.DataFrame) -> list[Ints]:
+        """What the users of some examples had before them; nothing, where seen items are kept."""
+        none = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        found = []
+        for user, time in zip(keys["user_id"].to_list(), keys["timestamp"].cast(pl.Int64).to_list(), strict=True):
+            times, items = self.earlier.get(user, none) if self.settings.seen == "drop" else none
+            found.append(items[: int(np.searchsorted(times, time, side="left"))])
+        return found
 
 
-def load_next_items(settings: NextItemConfig, source: str, inputs: RunInputs, backbone: FrozenBackbone) -> NextItems:
+def load_next_items(
+    settings: NextItemConfig, data: DataConfig, inputs: RunInputs, backbone: FrozenBackbone
+) -> NextItems:
     """Read and check the tables that next items are judged with.
 
     Args:
         settings: where they are.
-        source: the example table, with the column item_id.
+        data: the run's; its example table has a column item_id.
         inputs: the run's inputs.
         backbone: must have a token for each code.
 
     Raises:
         BackboneError: the backbone does not speak these codes.
-        DataError: a table lacks a column; a test example's item has no codes, or its completion is not that item's.
+        ConfigError: texts are put together in another way than in its adaptation.
+        DataError: a table lacks a column; a test example has no time, its item no codes, or its completion is not that
+            item's.
     """
-    ids = open_codes(settings.codes)
-    _check_adapted(backbone.source, ids.version, settings.codes)
+    source, ids = data.examples, open_codes(settings.codes)
+    require_spoken(backbone.source, ids)
+    _check_texts(backbone.source, data)
     vocabulary = CodeVocabulary.of(ids, backbone.tokenizer)
     catalogue = load_catalogue(settings.items)
     if catalogue.dim != inputs.embeddings.dim:
@@ -98,28 +107,35 @@ def load_next_items(settings: NextItemConfig, source: str, inputs: RunInputs, ba
     history = read_interactions(settings.interactions)
     if "timestamp" not in history.columns:
         raise DataError(f"{settings.interactions}: expected a column timestamp, got none; add when each was")
+    tested = inputs.keys[inputs.rows("test")]
+    if tested["timestamp"].null_count():
+        raise DataError(f"{source}: expected a timestamp for every test example, got none in some; add when each was")
     targets = _targets(source, inputs, vocabulary)
-    about = {
+    about: dict[str, Any] = {
         "items": len(ids),
         "items_without_codes": len(catalogue) - len(ids),
         "unseen_targets": int((counts[rows][targets[targets >= 0]] == 0).sum()),
         "codes": ids.report(),
     }
     vectors = catalogue.vectors[rows]
-    return NextItems(settings, vocabulary, vectors, counts[rows], _earlier(history, ids.rows), targets, about)
+    shelf = NextItems(settings, vocabulary, vectors, counts[rows], _earlier(history, ids.rows), targets, about)
+    true = targets[inputs.rows("test")]
+    about["seen_targets"] = sum(one in had for one, had in zip(true.tolist(), shelf.had(tested), strict=True))
+    return shelf
 
 
-def _check_adapted(source: str, version: str, codes: str) -> None:
-    """An adapted backbone says which codes it speaks; those of another version bear the same names."""
-    path = Path(source) / "adapt.json"
+def _check_texts(backbone: str, data: DataConfig) -> None:
+    """An adapted backbone reads prompts as it was taught to; others are another language to it."""
+    path = Path(backbone) / "adapt.json"
     if not path.is_file():
         return
-    spoken = json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("codes")
-    if spoken != version:
-        raise BackboneError(
-            f"{source}: expected a backbone that was adapted to the codes of {codes} (version {version}), got one of "
-            f"version {spoken}; adapt it to these, or name its own codes"
-        )
+    taught = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+    for name in ("chat", "profile_template"):
+        if taught.get(name, getattr(data, name)) != getattr(data, name):
+            raise ConfigError(
+                f"data.{name}: expected {taught[name]!r}, with which {backbone} was adapted, got "
+                f"{getattr(data, name)!r}; set it to that"
+            )
 
 
 def _columns(source: str, *names: str) -> pl.DataFrame:
@@ -159,7 +175,13 @@ def _targets(source: str, inputs: RunInputs, vocabulary: CodeVocabulary) -> Ints
 
 @torch.no_grad()
 def recommend(
-    arm: Arm, inputs: RunInputs, shelf: NextItems, budget: int, seed: int, progress: Progress | None = None
+    arm: Arm,
+    inputs: RunInputs,
+    shelf: NextItems,
+    lengths: Ints,
+    budget: int,
+    seed: int,
+    progress: Progress | None = None,
 ) -> tuple[pl.DataFrame, float]:
     """What one arm of the model recommends for every test query, by both ways.
 
@@ -170,6 +192,8 @@ def recommend(
         arm: the arm.
         inputs: the run's inputs.
         shelf: codes and settings.
+        lengths: tokens of each prompt of the table in the arm where it is longest [N], so that all arms make the same
+            passes.
         budget: tokens of prompts and items held at a time.
         seed: of the draws.
         progress: where progress is shown.
@@ -180,10 +204,9 @@ def recommend(
     """
     settings, rows, backbone = shelf.settings, arm.examples.rows, arm.model.backbone
     task: Any = progress.add_task(f"{arm.name} items", total=len(rows)) if progress else None
-    lengths = arm.examples.tokens.prompt_lengths[rows].astype(np.int64)
     kept = max(settings.samples, settings.beam) * shelf.vocabulary.levels
     parts, certain = [], 0
-    for number, part in enumerate(token_passes(lengths + kept, budget)):
+    for number, part in enumerate(token_passes(lengths[rows].astype(np.int64) + kept, budget)):
         chosen = rows[part]
         batch = arm.examples.batch(chosen).to(backbone.device)
         prefix = arm.model.projector(batch.embeddings, batch.present) if arm.use_prefix else None
@@ -218,35 +241,37 @@ def _frame(
     arm: str, way: str, inputs: RunInputs, shelf: NextItems, rows: Ints, items: Ints, logprobs: Floats | None
 ) -> pl.DataFrame:
     names = pl.Series(shelf.vocabulary.ids.ids, dtype=pl.String)
-    found = [line[line >= 0] for line in items]
+    kept = [(line >= 0) & ~np.isin(line, had) for line, had in zip(items, shelf.had(inputs.keys[rows]), strict=True)]
+    found = [line[new] for line, new in zip(items, kept, strict=True)]
     likely: list[Any] = [None] * len(rows)
     if logprobs is not None:
-        likely = [values[: len(line)].tolist() for values, line in zip(logprobs, found, strict=True)]
-    keys = inputs.keys.select("example_id", "user_id")[rows]
-    return keys.with_columns(
-        arm=pl.lit(arm),
-        way=pl.lit(way),
-        items=pl.Series([names.gather(line) for line in found], dtype=pl.List(pl.String)),
-        logprobs=pl.Series(likely, dtype=pl.List(pl.Float32)),
-    ).select(COLUMNS)
+        likely = [values[new].tolist() for values, new in zip(logprobs, kept, strict=True)]
+    return (
+        inputs.keys.select("example_id", "user_id")[rows]
+        .with_columns(
+            arm=pl.lit(arm),
+            way=pl.lit(way),
+            items=pl.Series([names.gather(line) for line in found], dtype=pl.List(pl.String)),
+            logprobs=pl.Series(likely, dtype=pl.List(pl.Float32)),
+        )
+        .select(COLUMNS)
+    )
 
 
 def without_model(arm: str, inputs: RunInputs, shelf: NextItems) -> pl.DataFrame:
     """The arms ``retrieval``, the items whose vectors have the greatest dot product with the user's as of then, and
-    ``popularity``, those with the most training interactions; of both, what the user did not have yet."""
+    ``popularity``, those with the most training interactions; to a user without a vector, retrieval is popularity."""
     rows = inputs.rows("test")
-    keys = inputs.keys[rows]
-    times = keys["timestamp"].cast(pl.Int64).to_list()
-    had = [shelf.had(user, time) for user, time in zip(keys["user_id"].to_list(), times, strict=True)]
-    length = shelf.settings.cutoffs[-1]
+    had, length = shelf.had(inputs.keys[rows]), shelf.settings.beam
+    order = np.argsort(-shelf.popularity, kind="stable")
+    found = [order[: length + len(out)][~np.isin(order[: length + len(out)], out)][:length].tolist() for out in had]
     if arm == "retrieval":
         which = inputs.vector_rows[rows]
-        users = np.asarray(inputs.embeddings.vectors[np.maximum(which, 0)], np.float32)
-        users = np.where(which[:, None] >= 0, users, np.float32(0))
-        found = nearest(users, shelf.vectors, length, "dot", had)
-    else:
-        order = np.argsort(-shelf.popularity, kind="stable")
-        found = [order[: length + len(out)][~np.isin(order[: length + len(out)], out)][:length].tolist() for out in had]
+        asked = np.flatnonzero(which >= 0)
+        users = np.asarray(inputs.embeddings.vectors[which[asked]], np.float32)
+        near = nearest(users, shelf.vectors, length, "dot", [had[at] for at in asked])
+        for at, chosen in zip(asked.tolist(), near, strict=True):
+            found[at] = chosen
     items = np.full((len(rows), length), -1, np.int64)
     for line, chosen in zip(items, found, strict=True):
         line[: len(chosen)] = chosen

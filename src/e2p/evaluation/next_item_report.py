@@ -23,12 +23,14 @@ def next_items_of(results: Mapping[str, Any]) -> Section | None:
     ks = settings["cutoffs"]
     legend = (
         "Means over examples; intervals and tests stand below, metric by metric. Each query has one true item. "
+        f"{'What its user had before is dropped from every ranking. ' if settings['seen'] == 'drop' else ''}"
         f"HitRate: it is among {settings['samples']} draws at temperature {settings['temperature']:g}, of which the "
         "different ones are ranked by log-probability. Recall, NDCG and MRR: the ranking of a beam search over "
         f"{settings['beam']} partial codes; of arms without a language model, their one ranking. Coverage: share of "
         f"the catalogue that is among anybody's first {ks[-1]}. Popularity: mean percentile of the popularity of the "
         f"first {ks[-1]}; items drawn evenly have 0.5. Drawn: different items among the draws. Exact: share of the "
-        "queries in which no likelier item can have been missed by the beam search."
+        "queries in which no likelier item can have been missed by the beam search. Coverage, drawn and exact are of "
+        "the first training seed."
     )
     table = next_item_table(results)
     caption = f"Next items, {results['run']}."
@@ -65,7 +67,8 @@ def _counts(found: Mapping[str, Any]) -> str:
     text = f"{found['items']:,} items have codes"
     if found["items_without_codes"]:
         text += f"; {found['items_without_codes']:,} of the table have none and cannot be recommended"
-    return f"{text}. Test examples whose item nobody had in training: {found['unseen_targets']:,}."
+    text += f". Test examples whose item nobody had in training: {found['unseen_targets']:,}"
+    return f"{text}; whose user had it before: {found['seen_targets']:,}."
 
 
 def _codes(report: Mapping[str, Any]) -> str:

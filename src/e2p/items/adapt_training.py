@@ -38,6 +38,8 @@ class AdaptSettings:
     profile_share: float = 0.5
     lora_rank: int = 16
     max_prompt_tokens: int = 512
+    long_prompt: Literal["error", "truncate"] = "error"
+    chat: Literal["auto", "always", "never"] = "auto"
     profile_template: str = "About the user: {profile}"
     precision: Precision = "auto"
     seed: int = 42
@@ -61,10 +63,11 @@ class AdaptSettings:
 
 @dataclass(frozen=True, eq=False)
 class CodeRow:
-    """One example: ids of prompt and completion, and which of them are labels (-100: none)."""
+    """One example: ids of prompt and completion, which of them are labels (-100: none), whether the prompt was cut."""
 
     ids: list[int]
     labels: list[int]
+    cut: bool = False
 
     @property
     def labelled(self) -> int:
@@ -92,6 +95,7 @@ def train(
     from e2p.device import resolve_device
     from e2p.model.precision import autocast_dtype
     from e2p.training.progress import ProgressBar
+    from e2p.training.run import newest_checkpoint
 
     if settings.method == "lora":
         model = _with_lora(model, tokenizer, ids, settings)
@@ -139,12 +143,12 @@ def train(
         trainer.add_callback(ProgressBar("adapt", console))
     if settings.patience:
         trainer.add_callback(EarlyStoppingCallback(settings.patience))
-    started = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])) if resume else []
+    started = newest_checkpoint(checkpoints) if resume else None
     before = None if started else trainer.evaluate()["eval_loss"]
     if before is not None:
         checkpoints.mkdir(parents=True, exist_ok=True)
         (checkpoints / "before.json").write_text(json.dumps(before), encoding="utf-8")
-    trainer.train(resume_from_checkpoint=str(started[-1]) if started else None)
+    trainer.train(resume_from_checkpoint=started)
     after = trainer.evaluate()["eval_loss"]
     if not math.isfinite(after):
         raise RunError(

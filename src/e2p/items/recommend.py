@@ -18,7 +18,8 @@ from e2p.errors import ConfigError, DataError, RunError
 from e2p.items.catalogue import load_catalogue
 from e2p.items.decoding import best_items, sample_items
 from e2p.items.semantic_ids import SemanticIds
-from e2p.items.vocabulary import CodeVocabulary, history_text, open_codes
+from e2p.items.texts import history_text
+from e2p.items.vocabulary import CodeVocabulary, open_codes
 from e2p.model.answer import newest_vector
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel

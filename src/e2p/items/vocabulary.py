@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -17,7 +16,7 @@ from e2p.errors import BackboneError
 from e2p.items.semantic_ids import SemanticIds, read_codes
 from e2p.items.trie import Trie
 
-PROMPT = "next after: "  # before a history; a backbone is adapted to the same words as phi is trained with
+CODES = "codes"  # in an adapted checkpoint, the codes that it speaks
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +80,25 @@ def add_code_tokens(tokenizer: Any, ids: SemanticIds) -> int:
     return int(tokenizer.add_tokens(tokens))
 
 
-def items_text(ids: SemanticIds, rows: Sequence[int]) -> str:
-    """Items as a text, codes side by side and a space between items: ``<a_1><b_2> <a_3><b_4>``."""
-    return " ".join("".join(ids.tokens(row)) for row in rows)
+def require_spoken(backbone: str, ids: SemanticIds) -> None:
+    """Make sure that an adapted backbone speaks these codes: those of another version bear the same names.
 
+    The checkpoint carries its codes; the catalogue may have grown since. A backbone without codes is not asked.
 
-def history_text(ids: SemanticIds, rows: Sequence[int], window: int) -> str:
-    """The prompt of a history: its last ``window`` items as codes, oldest first."""
-    return PROMPT + items_text(ids, rows[-window:])
+    Raises:
+        BackboneError: its codes are others.
+    """
+    folder = Path(backbone) / CODES
+    if not folder.is_dir():
+        return
+    spoken = SemanticIds.load(folder)
+    if spoken.version == ids.version:
+        return
+    # Ready codes have no codebooks to know them by.
+    known = [ids.rows.get(item, -1) for item in spoken.ids]
+    same = spoken.sizes == ids.sizes and min(known) >= 0 and bool((ids.codes[known] == spoken.codes).all())
+    if spoken.codebooks or not same:
+        raise BackboneError(
+            f"{backbone}: expected a backbone that was adapted to the codes of {ids.source} (version {ids.version}), "
+            f"got one of version {spoken.version}; adapt it to these, or name its own codes"
+        )

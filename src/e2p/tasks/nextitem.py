@@ -154,7 +154,7 @@ def prepare(
         write_frame(folder / "items.parquet", _catalogue(items, log, in_space(items["item_id"], space)))
         write_frame(folder / "interactions.parquet", log.select("user_id", "item_id", "timestamp", "stage"))
         ids.save(folder / "codes")
-        save_yaml(recommended(output), folder / "config.yaml")
+        save_yaml(recommended(output, window), folder / "config.yaml")
     blind = Counter(asked.filter(pl.Series(~some))["split"].to_list())
     for line in _told(data, log, space.items, examples, adapting, lost, blind, window):
         print(line)
@@ -162,7 +162,7 @@ def prepare(
     return Path(output)
 
 
-def recommended(output: str | Path) -> RunConfig:
+def recommended(output: str | Path, window: int = 20) -> RunConfig:
     """Settings to train on the prepared tables with; the backbone, adapted to the codes, is for the user to name."""
     folder = Path(output).absolute()
     data = DataConfig(
@@ -176,6 +176,7 @@ def recommended(output: str | Path) -> RunConfig:
         items=str(folder / "items.parquet"),
         codes=str(folder / "codes"),
         interactions=str(folder / "interactions.parquet"),
+        window=window,
     )
     return RunConfig(data=data, evaluation=EvaluationConfig(next_item=judged), output="runs/nextitem")
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import polars as pl
 
 from e2p.items.semantic_ids import SemanticIds
-from e2p.items.vocabulary import PROMPT, items_text
+from e2p.items.texts import PROMPT, items_text
 from e2p.tasks.nextitem_files import Kind
 
 BEST_GENRES, LAST_TITLES, TITLE_WORDS = 3, 3, 8

@@ -343,9 +343,16 @@ def _teacher(config: RunConfig, encoder: TextEncoder) -> TokenisedExamples:
 def shuffled_rows(inputs: RunInputs, seed: int) -> Ints:
     """Vector rows dealt out anew among the users: each user gets one other user's vectors, nobody his own.
 
-    A control trained on these shows what phi can learn without any user signal.
+    A control trained on these shows what phi can learn without any user signal. Test users are dealt among themselves:
+    whoever stands in training too must not be known again by the stranger's vector that he had there.
+
+    Raises:
+        DataError: fewer than two users have a vector, in test or outside.
     """
-    return deal(inputs, np.arange(len(inputs.keys)), [seed, 2])
+    rows, test = inputs.vector_rows.copy(), inputs.all_rows("test")
+    for part in (np.setdiff1d(np.arange(len(rows)), test), test):
+        rows[part] = deal(inputs, part, [seed, 2])[part]
+    return rows
 
 
 def newest_checkpoint(checkpoints: Path) -> str | None:
