@@ -80,7 +80,7 @@ def next_item_run(folder: Path) -> RunConfig:
         codes=str(folder / "codes"),
         interactions=str(folder / "interactions.parquet"),
         samples=8,
-        beam=8,
+        beam=12,
         cutoffs=(1, 3, 8),
     )
     return RunConfig(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from e2p.cli import main
 from e2p.config import ProjectorConfig, RunConfig
+from e2p.config_io import load_yaml, save_yaml
 from e2p.data.tables import open_embeddings
 from e2p.errors import DataError
 from e2p.evaluation.judge import judge
@@ -29,6 +35,8 @@ from tiny_next import next_item_run
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = next_item_run(tmp_path_factory.mktemp("recommend"))
+    judged = replace(config.evaluation, next_item=replace(config.evaluation.next_item, seen="keep"))
+    config = replace(config, evaluation=judged)
     train(config)
     return config
 
@@ -54,7 +62,7 @@ def test_the_lists_are_those_of_the_evaluation(config: RunConfig, recommender: I
     users = vectors.keys["user_id"].to_list()
     of_users = np.stack([vectors.vectors[users.index(examples["user_id"][row])] for row in rows])
     for use_prefix, wanted in ((True, own), (False, plain)):
-        found = recommender.recommend(histories, of_users, use_prefix=use_prefix, k=8)
+        found = recommender.recommend(histories, of_users, use_prefix=use_prefix, k=12)
         assert [[one.item for one in line] for line in found] == wanted["items"].to_list()
         for line, logprobs in zip(found, wanted["logprobs"], strict=True):
             np.testing.assert_allclose([one.logprob for one in line], logprobs.to_numpy(), atol=1e-4)
@@ -65,6 +73,23 @@ def test_the_lists_are_those_of_the_evaluation(config: RunConfig, recommender: I
         assert len({one.item for one in line}) == len(line) <= 3
         assert all(one.item in names.rows for one in line)
         assert [one.logprob for one in line] == sorted((one.logprob for one in line), reverse=True)
+
+
+@given(st.lists(st.integers(0, 11), max_size=12), st.integers(1, 12))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_excluded_is_left_out_and_nothing_else(recommender: ItemRecommender, had: list[int], k: int) -> None:
+    out = {f"i{item}" for item in had}
+    history, vector = [["i3", "i4"]], np.array([[0.0, 1.0]], np.float32)
+    whole = [one.item for one in recommender.recommend(history, vector, k=12, exact=True)[0]]
+    found = [one.item for one in recommender.recommend(history, vector, exclude=[out], k=k, exact=True)[0]]
+    assert found == [item for item in whole if item not in out][:k]
+
+
+def test_many_users_are_read_in_passes(recommender: ItemRecommender) -> None:
+    histories = [[f"i{row % 12}"] * (1 + row % 5) for row in range(11)]
+    vectors = np.eye(2, dtype=np.float32)[np.arange(11) % 2]
+    whole, parts = (recommender.recommend(histories, vectors, k=4, tokens_per_pass=size) for size in (8192, 40))
+    assert [[one.item for one in found] for found in whole] == [[one.item for one in found] for found in parts]
 
 
 def test_the_window_shows_the_newest_items(recommender: ItemRecommender) -> None:
@@ -116,10 +141,29 @@ def test_the_command_shows_both_lists(
     config: RunConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    assert main(["recommend", config.output, "--users", "[u30,u31]", "--k", "3"]) == 0
-    shown = capsys.readouterr().out
-    assert "without the vector" in shown
-    assert shown.count("film ") == 2 * (4 + 3 + 3)  # four had last, three and three recommended
+    own = load_yaml(Path(config.output) / "config.yaml")
+    had = set(pl.read_parquet(own.evaluation.next_item.interactions).filter(pl.col("user_id") == "u30")["item_id"])
+    for seen in ("drop", "keep"):
+        judged = replace(own.evaluation, next_item=replace(own.evaluation.next_item, seen=seen))
+        save_yaml(replace(own, evaluation=judged), Path(config.output) / "config.yaml")
+        assert main(["recommend", config.output, "--users", "[u30,u31]", "--k", "3"]) == 0
+        shown = capsys.readouterr().out
+        assert "without the vector" in shown
+        assert shown.count("film ") == 2 * (4 + 3 + 3)  # four had last, three and three recommended
+        assert main(["recommend", config.output, "--users", "u30", "--k", "8"]) == 0
+        named = Counter(f"i{word}" for word in re.findall(r"film (\d+)", capsys.readouterr().out))
+        twice = {item for item in had if named[item] > 1}  # in the history, and recommended
+        assert bool(twice) == (seen == "keep")
+    vectors = pl.read_parquet(config.data.embeddings)
+    try:
+        vectors.filter(pl.col("user_id") != "u31").write_parquet(config.data.embeddings)
+        assert main(["recommend", config.output, "--users", "u31"]) == 0
+        assert "u31 (no vector)" in capsys.readouterr().out
+        vectors.with_columns(version=pl.lit("v2")).write_parquet(config.data.embeddings)
+        assert main(["recommend", config.output, "--users", "u31"]) == 2
+        assert "expected vectors of version v1, got v2" in capsys.readouterr().err
+    finally:
+        vectors.write_parquet(config.data.embeddings)
     for wrong, words in (("nobody", "expected interactions of user 'nobody'"), ("[]", "at least one user")):
         assert main(["recommend", config.output, "--users", wrong]) == 2
         error = capsys.readouterr().err.strip()

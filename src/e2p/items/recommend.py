@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+import polars as pl
 import torch
 
 from e2p.config import BackboneConfig
 from e2p.config_io import load_yaml
+from e2p.data.batches import token_passes
 from e2p.data.sources import cache_root
-from e2p.data.tables import open_embeddings
+from e2p.data.tables import EmbeddingTable, open_embeddings
 from e2p.data.vectors import Vectors as ItemVectors
 from e2p.errors import ConfigError, DataError, RunError
 from e2p.items.catalogue import load_catalogue
-from e2p.items.decoding import best_items, sample_items
+from e2p.items.decoding import Candidates, Ranked, best_items, sample_items
 from e2p.items.semantic_ids import SemanticIds
 from e2p.items.texts import history_text
-from e2p.items.vocabulary import CodeVocabulary, open_codes
+from e2p.items.vocabulary import CodeVocabulary, open_codes, require_spoken
 from e2p.model.answer import newest_vector
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel
@@ -51,7 +54,8 @@ class ItemRecommender:
 
     @classmethod
     def of(cls, model: E2PModel, ids: SemanticIds, window: int = 20) -> ItemRecommender:
-        """For codes that the backbone speaks. Raises BackboneError where it does not."""
+        """For codes that the backbone speaks. Raises BackboneError where it does not, or speaks others."""
+        require_spoken(model.backbone.source, ids)
         return cls(model, CodeVocabulary.of(ids, model.backbone.tokenizer), window)
 
     def with_items(self, ids: Sequence[str], vectors: ItemVectors) -> ItemRecommender:
@@ -76,6 +80,7 @@ class ItemRecommender:
         embeddings: Vectors | None = None,
         *,
         profiles: Sequence[str | None] | None = None,
+        exclude: Sequence[Collection[str]] | None = None,
         use_prefix: bool = True,
         k: int = 10,
         by: Literal["beam", "sample"] = "beam",
@@ -83,6 +88,7 @@ class ItemRecommender:
         temperature: float = 1.0,
         exact: bool = False,
         seed: int = 42,
+        tokens_per_pass: int = 8192,
     ) -> list[list[Recommendation]]:
         """The k likeliest items for each of B users, or the likeliest of some draws.
 
@@ -90,6 +96,7 @@ class ItemRecommender:
             histories: item ids of each user, oldest first, at least one.
             embeddings: a vector per user [B, D]; None, or None in a row: the null user.
             profiles: texts that go into the system turn.
+            exclude: items that each user is not offered, such as those that he has had.
             use_prefix: False: the adapted backbone alone.
             k: items for each user; fewer where there are not so many, or fewer different ones were drawn.
             by: beam search, or draws at a temperature (the paper's protocol).
@@ -97,6 +104,7 @@ class ItemRecommender:
             temperature: of the draws.
             exact: by beam: go on until no likelier item can have been missed.
             seed: of the draws.
+            tokens_per_pass: bounds memory: prompts of so many tokens are read together.
 
         Raises:
             DataError: an empty history, an item without codes, unequal numbers, or vectors that do not fit.
@@ -117,19 +125,35 @@ class ItemRecommender:
             for history, text in zip(rows, texts, strict=True)
         ]
         prefix = self.model.prefix(embeddings, len(prompts)) if use_prefix else None
-        read = prefill(self.model.backbone, prompts, [self.model.splice_at(prompt) for prompt in prompts], prefix)
-        if by == "beam":
-            best = best_items(read, self.vocabulary, k, exact=exact)
-            found = zip(best.rows.tolist(), best.logprobs.tolist(), strict=True)
-        else:
-            generator = torch.Generator(self.model.backbone.device).manual_seed(seed)
-            drawn = sample_items(read, self.vocabulary, samples, temperature, generator)
-            found = zip(drawn.rows.tolist(), drawn.logprobs.tolist(), strict=True)
-        lists = []
-        for items, logprobs in found:
-            one = sorted({(-logprob, row) for row, logprob in zip(items, logprobs, strict=True) if row >= 0})
-            lists.append([Recommendation(ids.ids[row], -loss) for loss, row in one[:k]])
-        return lists
+        generator = torch.Generator(self.model.backbone.device).manual_seed(seed)
+        lists: dict[int, list[Recommendation]] = {}
+        for part in token_passes(np.array([len(prompt.ids) for prompt in prompts]), tokens_per_pass):
+            some = [prompts[row] for row in part]
+            own = None if prefix is None else prefix[torch.from_numpy(part).to(prefix.device)]
+            read = prefill(self.model.backbone, some, [self.model.splice_at(prompt) for prompt in some], own)
+            out = [{ids.rows[item] for item in exclude[row] if item in ids.rows} if exclude else set() for row in part]
+            found: Ranked | Candidates
+            if by == "sample":
+                found = sample_items(read, self.vocabulary, samples, temperature, generator, tokens_per_pass)
+                kept = _without(found, out)
+            else:
+                width = k + (max(map(len, out)) and self.window)  # of what was had, mostly what the prompt shows comes
+                found = best_items(read, self.vocabulary, width, exact=exact, tokens_per_pass=tokens_per_pass)
+                while min(map(len, kept := _without(found, out))) < k and width < len(ids):
+                    width = min(2 * width, len(ids))
+                    found = best_items(read, self.vocabulary, width, exact=exact, tokens_per_pass=tokens_per_pass)
+            for row, one in zip(part.tolist(), kept, strict=True):
+                lists[row] = [Recommendation(ids.ids[item], logprob) for item, logprob in one[:k]]
+        return [lists[row] for row in range(len(prompts))]
+
+
+def _without(found: Ranked | Candidates, out: Sequence[Collection[int]]) -> list[list[tuple[int, float]]]:
+    """Items and log-probabilities of each user, each item once, likeliest first, without what is left out."""
+    lists = []
+    for items, logprobs, unwanted in zip(found.rows.tolist(), found.logprobs.tolist(), out, strict=True):
+        pairs = {(-logprob, item) for item, logprob in zip(items, logprobs, strict=True) if item >= 0}
+        lists.append([(item, -loss) for loss, item in sorted(pairs) if item not in unwanted])
+    return lists
 
 
 def recommend(
@@ -137,17 +161,17 @@ def recommend(
     users: list[str] | None = None,
     k: int = 10,
     backbone: str | None = None,
-    window: int = 20,
     exact: bool = False,
 ) -> None:
     """Show what users of a run's tables may want next, beside what the backbone alone would say.
 
+    What they have had already is left out, if the run's settings say so (evaluation.next_item.seen).
+
     Args:
         run: run folder of a next-item task.
-        users: user ids, as u1 or [u1,u2]; each with all that he has had, and his newest vector.
+        users: user ids, as u1 or [u1,u2]; each with all that he has had and his newest vector, or as the null user.
         k: items for each.
         backbone: where the adapted backbone lies now, if not where the run says.
-        window: most items of a history that are shown to the model; as in training.
         exact: go on until no likelier item can have been missed.
     """
     from rich.console import Console
@@ -167,22 +191,37 @@ def recommend(
         raise RunError(f"{folder}: expected a run with evaluation.next_item, got none; see e2p prepare nextitem")
     place: BackboneConfig = replace(config.backbone, model=backbone, revision=None) if backbone else config.backbone
     model = E2PModel.from_pretrained(folder / "adapter", FrozenBackbone.load(place, config.training.precision))
-    recommender = ItemRecommender.of(model, open_codes(tables.codes), window)
+    recommender = ItemRecommender.of(model, open_codes(tables.codes), tables.window)
+    known = recommender.vocabulary.ids.rows
     catalogue = load_catalogue(tables.items)
     names = dict(zip(catalogue.ids, catalogue.names, strict=True))
     had = read_interactions(tables.interactions)
+    if "timestamp" not in had.columns:
+        raise DataError(f"{tables.interactions}: expected a column timestamp, got none; add when each was")
     embeddings = open_embeddings(config.data.embeddings, cache_root(config.data.cache_dir))
-    histories, vectors = [], []
+    if embeddings.versions != model.embedding_versions:
+        here, trained = (", ".join(v) or "(not named)" for v in (embeddings.versions, model.embedding_versions))
+        raise DataError(f"{embeddings.source}: expected vectors of version {trained}, got {here}")
+    vectors = newest_vectors(embeddings, users)
+    vectors_of = {user for user, vector in zip(users, vectors, strict=True) if vector is not None}
+    histories = []
     for user in users:
-        own = had.filter((had["user_id"] == user) & had["item_id"].is_in(list(recommender.vocabulary.ids.rows)))
-        if own.is_empty():
+        own = had.filter(pl.col("user_id") == user).sort("timestamp", maintain_order=True)["item_id"].to_list()
+        histories.append([item for item in own if item in known])
+        if not histories[-1]:
             raise DataError(f"{tables.interactions}: expected interactions of user {user!r}, got none; check the id")
-        histories.append(own.sort("timestamp", maintain_order=True)["item_id"].to_list())
-        vectors.append(newest_vector(embeddings, user))
-    personal = recommender.recommend(histories, vectors, k=k, exact=exact)
-    plain = recommender.recommend(histories, use_prefix=False, k=k, exact=exact)
+    out = histories if tables.seen == "drop" else None
+    personal = recommender.recommend(histories, vectors, exclude=out, k=k, exact=exact)
+    plain = recommender.recommend(histories, exclude=out, use_prefix=False, k=k, exact=exact)
     shown = Table("user", "had last", "next", "without the vector", show_lines=True)
     for user, history, *lists in zip(users, histories, personal, plain, strict=True):
-        told = ["\n".join(f"{names[one.item]}  {one.logprob:.2f}" for one in found) for found in lists]
-        shown.add_row(Text(user), Text("\n".join(names[item] for item in history[-5:])), *map(Text, told))
+        told = ["\n".join(f"{names.get(one.item, one.item)}  {one.logprob:.2f}" for one in found) for found in lists]
+        last = "\n".join(names.get(item, item) for item in history[-5:])
+        shown.add_row(Text(user if user in vectors_of else f"{user} (no vector)"), Text(last), *map(Text, told))
     Console().print(shown)
+
+
+def newest_vectors(table: EmbeddingTable, users: Sequence[str]) -> list[ItemVectors | None]:
+    """Each user's newest vector [D], or None."""
+    known = set(table.keys["user_id"].unique().to_list())
+    return [newest_vector(table, user) if user in known else None for user in users]
