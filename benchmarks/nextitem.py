@@ -21,7 +21,8 @@ from e2p.config import EvaluationConfig, ObjectiveConfig, ProjectorConfig, RunCo
 from e2p.config_io import load_yaml
 from e2p.evaluation.audit import ABOUT, audit, load_scored
 from e2p.evaluation.evaluate import evaluate
-from e2p.items.adapt import RECORD, adapt
+from e2p.items.adapt import adapt
+from e2p.items.vocabulary import ADAPTED
 from e2p.provenance import provenance
 from e2p.tasks.nextitem import prepare
 from e2p.training.run import train, with_seed
@@ -99,7 +100,7 @@ def main() -> None:
     kept.write_text(made, encoding="utf-8")
     if not tables.exists():
         prepare(options.data, str(tables), **plan.prepare)
-    if not (adapted / RECORD).is_file():
+    if not (adapted / ADAPTED).is_file():
         adapt(
             options.backbone,
             str(tables / "codes"),
@@ -130,7 +131,7 @@ def main() -> None:
         "prepare": plan.prepare,
         "adapt": {
             key: value
-            for key, value in json.loads((adapted / RECORD).read_text(encoding="utf-8")).items()
+            for key, value in json.loads((adapted / ADAPTED).read_text(encoding="utf-8")).items()
             if key not in ("history", "provenance")
         },
         "results": shown(results),

@@ -23,7 +23,7 @@ from e2p.config import (
 )
 from e2p.config_io import save_yaml
 from e2p.errors import BackboneError, ConfigError, DataError
-from e2p.evaluation.judge import judge
+from e2p.evaluation.judge import is_scored, judge, judged_keys, table_keys
 from e2p.evaluation.next_item import load_next_items, rank_of, without_model
 from e2p.evaluation.report import write_report
 from e2p.items.semantic_ids import SemanticIds
@@ -170,6 +170,28 @@ def test_judging_again_draws_the_same(config: RunConfig, results: dict[str, Any]
     first = pl.read_parquet(Path(config.output) / "recommended.parquet")
     judge(config.output)
     assert pl.read_parquet(Path(config.output) / "recommended.parquet").equals(first)
+
+
+def test_scores_are_stale_once_a_table_that_they_were_judged_with_has_changed(
+    config: RunConfig, results: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(config.output, run)
+    for name in ("items", "interactions", "codes"):
+        place = tmp_path / name
+        judged = getattr(config.evaluation.next_item, name)
+        shutil.copytree(judged, place) if name == "codes" else shutil.copy(judged, place)
+    moved = {name: str(tmp_path / name) for name in ("items", "interactions", "codes")}
+    other = replace(config, output=str(run), evaluation=replace(
+        config.evaluation, next_item=replace(config.evaluation.next_item, **moved)
+    ))  # fmt: skip
+    assert judged_keys(other) == judged_keys(config)  # their contents count, not their places
+    save_yaml(config, run / "config.yaml")
+    assert is_scored(run, table_keys(config))
+    table = pl.read_parquet(tmp_path / "items").with_columns(popularity=pl.lit(1))
+    table.write_parquet(tmp_path / "items")
+    assert not is_scored(run, table_keys(other))
+    assert table_keys(replace(config, evaluation=EvaluationConfig())).keys() == {"examples", "embeddings"}
 
 
 @given(

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from e2p.cli import main
 from e2p.errors import BackboneError, ConfigError, DataError, RunError
-from e2p.items.adapt import CODES, RECORD, adapt, read_rows, speaking
+from e2p.items.adapt import adapt, read_rows, speaking
 from e2p.items.adapt_training import AdaptSettings
 from e2p.items.semantic_ids import SemanticIds
 from e2p.items.texts import items_text
-from e2p.items.vocabulary import CodeVocabulary
+from e2p.items.vocabulary import ADAPTED, CODES, CodeVocabulary
 from tiny import EOS, tiny_model, tiny_tokenizer
 
 ITEMS = 8
@@ -159,7 +159,7 @@ def test_it_learns_what_comes_next_and_is_an_ordinary_checkpoint(
     tiny_model("llama", initializer_range=0.1, tie_word_embeddings=tied).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     out = run(base, place, method=method, epochs=25 if method == "full" else 50, patience=0, learning_rate=2e-2)
-    record = json.loads((out / RECORD).read_text())
+    record = json.loads((out / ADAPTED).read_text())
     # A tied head leaves a model of 32 numbers less room.
     assert record["validation"]["after"] < record["validation"]["before"] / (2 if tied else 10)
     assert record["settings"]["codes"] == record["codes"]["version"] == SemanticIds.load(out / CODES).version
@@ -215,7 +215,7 @@ def test_an_interrupted_adaptation_goes_on_to_the_same_weights(
     broken = run(base, place, "broken", epochs=4, resume=True)
     one, other = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (whole, broken))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    records = [json.loads((folder / RECORD).read_text()) for folder in (whole, broken)]
+    records = [json.loads((folder / ADAPTED).read_text()) for folder in (whole, broken)]
     assert records[0]["validation"] == records[1]["validation"]
 
 

@@ -25,8 +25,13 @@ FORMAT = 2
 SCORES, COVARIATES, ABOUT, RESULTS = "scores.parquet", "covariates.parquet", "scored.json", "results.json"
 ANSWERS = "answers.parquet"
 RECOMMENDED = "recommended.parquet"
+# The tables that generated answers are judged with, by the settings that name them.
+JUDGED_WITH = {"playlists": ("items", "queries", "plays", "known"), "next_item": ("items", "codes", "interactions")}
 # Settings in which runs of one experiment may differ. The tables' contents are compared, not their places.
-_FREE = frozenset({"training.seed", "output", "data.examples", "data.embeddings", "data.cache_dir", "backbone.device"})
+_FREE = frozenset(
+    {"training.seed", "output", "data.examples", "data.embeddings", "data.cache_dir", "backbone.device"}
+    | {f"evaluation.{kind}.{name}" for kind, names in JUDGED_WITH.items() for name in names}
+)
 
 
 @dataclass(frozen=True, eq=False)

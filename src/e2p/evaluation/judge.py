@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from e2p.config import ARMS, DataConfig, RunConfig
+from e2p.config import ARMS, RunConfig
 from e2p.config_io import from_dict, load_yaml, save_yaml, to_dict
 from e2p.data.sources import cache_root
 from e2p.data.tables import content_key, example_batches, write_frame
@@ -23,6 +24,7 @@ from e2p.evaluation.audit import (
     ABOUT,
     COVARIATES,
     FORMAT,
+    JUDGED_WITH,
     SCORES,
     audit,
     flat,
@@ -37,6 +39,7 @@ from e2p.evaluation.leaks import check_leaks
 from e2p.evaluation.samples import samples
 from e2p.evaluation.significance import require_tests
 from e2p.evaluation.space import describe_prefix, describe_space, known_attribute
+from e2p.items.vocabulary import ADAPTED
 from e2p.model.adapter import CONFIG
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel, text_encoder
@@ -96,7 +99,7 @@ def score(
     config = run_config(folder)
     backbone = backbone or FrozenBackbone.load(config.backbone, config.training.precision)
     e2p = E2PModel.from_pretrained(folder / "adapter", backbone)
-    tables = table_keys(config.data)  # now: they may change while this is at work
+    tables = table_keys(config)  # now: they may change while this is at work
     inputs = load_inputs(config.data, e2p.encoder, e2p.projector.config.position)
     _check_vectors(config, e2p, inputs)
     check_inputs(folder, "e2p", inputs)
@@ -142,7 +145,7 @@ def score(
         "provenance": provenance(),
         "seed": config.training.seed,
         "config": to_dict(config),
-        "inputs": inputs.identity(),
+        "inputs": inputs.identity() | judged_keys(config),
         "tables": tables,
         "data": dict(inputs.counts),
         "training": training,
@@ -175,12 +178,31 @@ def run_config(folder: Path) -> RunConfig:
     return load_yaml(folder / "config.yaml")
 
 
-def table_keys(config: DataConfig) -> dict[str, str] | None:
+def table_keys(config: RunConfig) -> dict[str, str] | None:
     """Hashes of what a run's tables say, which take no model; None if they cannot be read (any more)."""
     try:
-        return {"examples": content_key(config.examples), "embeddings": content_key(config.embeddings)}
-    except E2PError:
+        keys = {"examples": content_key(config.data.examples), "embeddings": content_key(config.data.embeddings)}
+        return keys | judged_keys(config)
+    except (E2PError, OSError):
         return None
+
+
+def judged_keys(config: RunConfig) -> dict[str, str]:
+    """Hashes of the files that generated answers are judged with, and of how the backbone was adapted; local ones."""
+    named: dict[str, Path] = {}
+    for kind, names in JUDGED_WITH.items():
+        settings: Any = getattr(config.evaluation, kind)
+        named |= {f"{kind}.{name}": Path(getattr(settings, name)) for name in names if settings.items}
+    found = {}
+    for name, path in {**named, "adaptation": Path(config.backbone.model) / ADAPTED}.items():
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        there = [file for file in files if file.is_file()]
+        if there:
+            digest = hashlib.blake2b(digest_size=16)
+            for file in there:
+                digest.update(file.read_bytes())
+            found[name] = digest.hexdigest()
+    return found
 
 
 def is_scored(folder: Path, tables: Mapping[str, str] | None = None) -> bool:
@@ -232,7 +254,7 @@ def score_seeds(
     for seed, folder in folders.items():
         if seed != own:
             _take_settings(folder, with_seed(config, seed, str(folder)))  # of all, before any long work
-    tables = table_keys(config.data)
+    tables = table_keys(config)
     left = {seed: folder for seed, folder in folders.items() if not (_trained(folder) and is_scored(folder, tables))}
     for seed, folder in folders.items():
         if seed not in left:

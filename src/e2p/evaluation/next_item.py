@@ -28,7 +28,7 @@ from e2p.evaluation.arms import Arm
 from e2p.items.catalogue import load_catalogue
 from e2p.items.decoding import best_items, sample_items
 from e2p.items.retrieval import nearest
-from e2p.items.vocabulary import CodeVocabulary, open_codes, require_spoken
+from e2p.items.vocabulary import ADAPTED, CodeVocabulary, open_codes, require_spoken
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.prefill import prefill
 from e2p.training.inputs import RunInputs
@@ -126,7 +126,7 @@ def load_next_items(
 
 def _check_texts(backbone: str, data: DataConfig) -> None:
     """An adapted backbone reads prompts as it was taught to; others are another language to it."""
-    path = Path(backbone) / "adapt.json"
+    path = Path(backbone) / ADAPTED
     if not path.is_file():
         return
     taught = json.loads(path.read_text(encoding="utf-8")).get("settings", {})

@@ -23,10 +23,9 @@ from e2p.data.templates import TextEncoder
 from e2p.errors import DataError, RunError
 from e2p.items.adapt_training import AdaptSettings, CodeRow, quiet, train
 from e2p.items.semantic_ids import SemanticIds
-from e2p.items.vocabulary import CODES, CodeVocabulary, add_code_tokens, open_codes
+from e2p.items.vocabulary import ADAPTED, CODES, CodeVocabulary, add_code_tokens, open_codes
 from e2p.provenance import provenance
 
-RECORD = "adapt.json"
 _CHECKPOINTS = "checkpoints"
 _SETTINGS = ".settings.json"
 
@@ -120,7 +119,7 @@ def adapt(
     ids.save(folder / CODES)
     record = {**record, "settings": asked, "codes": ids.report(), "provenance": provenance()}
     # The record last: where it is, the checkpoint is whole.
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / ADAPTED).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
     (folder / _SETTINGS).unlink()
     if overwrite:
@@ -255,7 +254,7 @@ def _open_folder(
         return
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    ours = folder.is_dir() and (settings.is_file() or (folder / RECORD).is_file())
+    ours = folder.is_dir() and (settings.is_file() or (folder / ADAPTED).is_file())
     if not ours or not overwrite:
         go_on = "go on with --resume, or pass" if settings.is_file() else "pass"
         way = f"{go_on} --overwrite or another output" if ours else "it is no adapted backbone: name another output"

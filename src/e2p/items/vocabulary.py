@@ -16,7 +16,8 @@ from e2p.errors import BackboneError
 from e2p.items.semantic_ids import SemanticIds, read_codes
 from e2p.items.trie import Trie
 
-CODES = "codes"  # in an adapted checkpoint, the codes that it speaks
+# In an adapted checkpoint: the record of its adaptation, and the codes that it speaks.
+ADAPTED, CODES = "adapt.json", "codes"
 
 
 @dataclass(frozen=True, eq=False)
