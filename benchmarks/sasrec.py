@@ -45,17 +45,17 @@ Floats = npt.NDArray[np.float64]
 class Settings:
     """Of model and training; the defaults are the best that were tried on Beauty's validation rows."""
 
-    hidden: int = 64
+    hidden: int = 128
     layers: int = 2
     heads: int = 2
     dropout: float = 0.5
-    norm: str = "pre"
+    norm: str = "post"
     max_length: int = 50
     batch: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.0
     epochs: int = 200
-    patience: int = 10
+    patience: int = 5
 
 
 class Block(nn.Module):
