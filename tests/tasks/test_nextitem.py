@@ -23,7 +23,7 @@ from e2p.data.tables import example_batches, open_embeddings
 from e2p.errors import ConfigError, DataError, RunError
 from e2p.items.catalogue import load_catalogue
 from e2p.items.semantic_ids import SemanticIds
-from e2p.items.vocabulary import items_text
+from e2p.items.texts import items_text
 from e2p.tasks import nextitem, nextitem_texts
 from e2p.tasks.nextitem_files import read
 from e2p.tasks.nextitem_stages import adapt_targets, staged, targets
