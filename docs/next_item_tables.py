@@ -39,54 +39,82 @@ def next_item_table(hardware: Callable[[dict[str, Any]], str]) -> str:
     """Of every data set that was run: arms, other systems on the same queries, differences."""
     parts = []
     for name, (title, published) in DATA.items():
-        content = _read(f"nextitem_{name}")
-        if content is None:
+        content, other = _read(f"nextitem_{name}"), _read(f"sasrec_{name}")
+        if content is None and other is None:
             continue
-        whole = content["results"]
-        metrics = {one["metric"]["name"]: one for one in (whole, *whole["other_metrics"])}
         lines = [f"### {title}", "", "| arm | HitRate@30 | Recall@5 | Recall@10 | NDCG@10 | coverage | popularity |",
                  "|---|---|---|---|---|---|---|"]  # fmt: skip
-        about = whole["next_item"]["arms"]
-        for arm, label in ARMS.items():
-            if arm not in metrics["recall@10"]["arms"]:
-                continue
+        lines += [] if content is None else _arms(content["results"])
+        lines += [] if other is None else _sasrec(other)
+        lines += [f"| {label} |  | {five:.4f} | {ten:.4f} |  |  |  |" for label, five, ten in published]
+        if content is None:
+            lines += ["", "e2p's own arms have not been run on it yet."]
+        else:
+            lines += ["", *_differences(content["results"]), "", _about(content)]
+        sources = [] if content is None else [
+            f"`python {content['provenance']['command']}`, commit {', '.join(c[:10] for c in content['commits'])}, "
+            f"{hardware(content['results']['provenance'])}: "
+            f"[results/nextitem_{name}.json](../results/nextitem_{name}.json)."
+        ]  # fmt: skip
+        if other is not None:
+            run = other["provenance"]
+            sources.append(
+                f"`python {run['command']}`, commit {str(run['commit'])[:10]}, {hardware(run)}, seeds "
+                f"{', '.join(map(str, other['seeds']))}: [results/sasrec_{name}.json](../results/sasrec_{name}.json)."
+            )
+        parts.append("\n".join([*lines, "", " ".join(sources), ""]))
+    return "\n".join(parts)
+
+
+def _arms(whole: dict[str, Any]) -> list[str]:
+    metrics, about = _by_name(whole), whole["next_item"]["arms"]
+    lines = []
+    for arm, label in ARMS.items():
+        if arm in metrics["recall@10"]["arms"]:
             cells = [_number(metrics[metric]["arms"][arm], metric) for metric in SHOWN]
             cells += [f"{about[arm]['coverage']['30']:.2f}", f"{metrics['popularity']['arms'][arm]['popularity']:.2f}"]
             lines.append(f"| {' | '.join([label, *cells])} |")
-        other = _read(f"sasrec_{name}")
-        if other is not None:
-            found = other["test"]["sasrec"]["unseen"]  # without what the user had, as in all arms
-            shown = [
-                f"{found[metric]['mean']:.4f} {interval(found[metric]['ci'], '{:.4f}'.format)}"
-                for metric in ("recall@30", "recall@5", "recall@10", "ndcg@10")
-            ]
-            lines.append(f"| SASRec, full cross-entropy (ours) | {' | '.join(shown)} |  |  |")
-        lines += [f"| {label} |  | {five:.4f} | {ten:.4f} |  |  |  |" for label, five, ten in published]
-        lines += ["", "| difference | HitRate@30 | Recall@10 | nats per token |", "|---|---|---|---|"]
-        for row in TESTED:
-            cells = [_difference(metrics[metric], row) for metric in ("hit_rate@30", "recall@10", "nats_per_token")]
-            if any(cells):
-                lines.append(f"| {row} | {' | '.join(cells)} |")
-        first, adapted = whole["comparisons"][0], content["adapt"]["validation"]
-        made = whole["provenance"]
-        lines += [
-            "",
-            f"{first['examples']:,} test queries of {first['users']:,} users, seeds "
-            f"{', '.join(map(str, whole['seeds']))}; {whole['next_item']['unseen_targets']:,} of the items nobody had "
-            f"in training. Adapted backbone: {adapted['before']:.2f} nats a token before, {adapted['after']:.2f} after "
-            f"epoch {content['adapt']['best_epoch']:g}. Verdict: {whole['verdict'].split(':')[0]}.",
-            "",
-            f"`python {content['provenance']['command']}`, commit {str(made['commit'])[:10]}, {hardware(made)}: "
-            f"[results/nextitem_{name}.json](../results/nextitem_{name}.json).",
+    return lines
+
+
+def _sasrec(other: dict[str, Any]) -> list[str]:
+    lines = []
+    for reading, label in (
+        ("unseen", "SASRec, full cross-entropy (ours)"),  # without what the user had, as in all arms
+        ("all", "the same, nothing dropped"),
+    ):
+        found = other["test"]["sasrec"][reading]
+        shown = [
+            f"{found[metric]['mean']:.4f} {interval(found[metric]['ci'], '{:.4f}'.format)}"
+            for metric in ("recall@30", "recall@5", "recall@10", "ndcg@10")
         ]
-        if other is not None:
-            run = other["provenance"]
-            lines[-1] += (
-                f" `python {run['command']}`, commit {str(run['commit'])[:10]}: "
-                f"[results/sasrec_{name}.json](../results/sasrec_{name}.json)."
-            )
-        parts.append("\n".join([*lines, ""]))
-    return "\n".join(parts)
+        lines.append(f"| {label} | {' | '.join(shown)} |  |  |")
+    return lines
+
+
+def _differences(whole: dict[str, Any]) -> list[str]:
+    metrics = _by_name(whole)
+    lines = ["| difference | HitRate@30 | Recall@10 | nats per token |", "|---|---|---|---|"]
+    for row in TESTED:
+        cells = [_difference(metrics[metric], row) for metric in ("hit_rate@30", "recall@10", "nats_per_token")]
+        if any(cells):
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    return lines
+
+
+def _about(content: dict[str, Any]) -> str:
+    whole, adapted = content["results"], content["adapt"]["validation"]
+    first = whole["comparisons"][0]
+    return (
+        f"{first['examples']:,} test queries of {first['users']:,} users, seeds {', '.join(map(str, whole['seeds']))}; "
+        f"{whole['next_item']['unseen_targets']:,} of the items nobody had in training. Adapted backbone: "
+        f"{adapted['before']:.2f} nats a token before, {adapted['after']:.2f} after epoch "
+        f"{content['adapt']['best_epoch']:g}. Verdict: {whole['verdict']}."
+    )
+
+
+def _by_name(whole: dict[str, Any]) -> dict[str, Any]:
+    return {one["metric"]["name"]: one for one in (whole, *whole["other_metrics"])}
 
 
 def sample_speed_table(hardware: Callable[[dict[str, Any]], str]) -> str:
