@@ -30,7 +30,7 @@ ARMS = {
     "retrieval": "retrieval by the vectors",
     "popularity": "popularity",
 }
-SHOWN = ("hit_rate@30", "recall@5", "recall@10", "ndcg@10")
+SHOWN = ("hit_rate@30", "recall@30", "recall@10", "recall@5", "ndcg@10")
 TESTED = ("true minus random", "true minus static", "true minus shuffled", "true minus none",
           "e2p+prompt minus prompt", "true minus retrieval")  # fmt: skip
 
@@ -42,11 +42,11 @@ def next_item_table(hardware: Callable[[dict[str, Any]], str]) -> str:
         content, other = _read(f"nextitem_{name}"), _read(f"sasrec_{name}")
         if content is None and other is None:
             continue
-        lines = [f"### {title}", "", "| arm | HitRate@30 | Recall@5 | Recall@10 | NDCG@10 | coverage | popularity |",
-                 "|---|---|---|---|---|---|---|"]  # fmt: skip
+        headings = ("arm", "HitRate@30", "Recall@30", "Recall@10", "Recall@5", "NDCG@10", "coverage", "popularity")
+        lines = [f"### {title}", "", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
         lines += [] if content is None else _arms(content["results"])
         lines += [] if other is None else _sasrec(other)
-        lines += [f"| {label} |  | {five:.4f} | {ten:.4f} |  |  |  |" for label, five, ten in published]
+        lines += [f"| {label} |  |  | {ten:.4f} | {five:.4f} |  |  |  |" for label, five, ten in published]
         if content is None:
             lines += ["", "e2p's own arms have not been run on it yet."]
         else:
@@ -85,18 +85,17 @@ def _sasrec(other: dict[str, Any]) -> list[str]:
     ):
         found = other["test"]["sasrec"][reading]
         shown = [
-            f"{found[metric]['mean']:.4f} {interval(found[metric]['ci'], '{:.4f}'.format)}"
-            for metric in ("recall@30", "recall@5", "recall@10", "ndcg@10")
+            f"{found[metric]['mean']:.4f} {interval(found[metric]['ci'], '{:.4f}'.format)}" for metric in SHOWN[1:]
         ]
-        lines.append(f"| {label} | {' | '.join(shown)} |  |  |")
+        lines.append(f"| {label} |  | {' | '.join(shown)} |  |  |")
     return lines
 
 
 def _differences(whole: dict[str, Any]) -> list[str]:
     metrics = _by_name(whole)
-    lines = ["| difference | HitRate@30 | Recall@10 | nats per token |", "|---|---|---|---|"]
+    lines = ["| difference | HitRate@30 | Recall@30 | nats per token |", "|---|---|---|---|"]
     for row in TESTED:
-        cells = [_difference(metrics[metric], row) for metric in ("hit_rate@30", "recall@10", "nats_per_token")]
+        cells = [_difference(metrics[metric], row) for metric in ("hit_rate@30", "recall@30", "nats_per_token")]
         if any(cells):
             lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
