@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,15 +122,24 @@ def sample_speed_table(hardware: Callable[[dict[str, Any]], str]) -> str:
     content = _read("bench_sample")
     if content is None:
         return ""
-    lines = ["| side | queries/s | against `generate` | peak memory |", "|---|---|---|---|"]
-    for side, found in content["sides"].items():
-        ratio = content["ratios"].get(f"{side} to generate")
-        speed = ratio["speed"] if ratio else None
-        shown = f"**{speed['median']:.2f}** ({speed['min']:.2f} to {speed['max']:.2f})" if speed else "1"
-        memory = f"{ratio['memory']:.2f}" if ratio else "1"
-        lines.append(f"| `{side}` | {found['queries_per_second']:.2f} | {shown} | {memory} |")
+    sides = content["sides"]
+    bases = ("generate", "generate_cached")
+    lines = [
+        f"| side | queries/s | {' | '.join(f'against `{base}`' for base in bases)} | peak memory |",
+        "|---" * 5 + "|",
+    ]
+    for side, found in sides.items():
+        cells = []
+        for base in bases:
+            ratios = sorted(a / b for a, b in zip(sides[base]["seconds"], found["seconds"], strict=True))
+            spread = f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            cells.append("1" if side == base else spread)
+        lines.append(
+            f"| `{side}` | {found['queries_per_second']:.1f} | {' | '.join(cells)} | {found['peak_mib']:,.0f} MiB |"
+        )
     made = content["provenance"]
-    lines += ["", f"`{made['command']}`, commit {str(made['commit'])[:10]}, {hardware(made)}: "
+    lines += ["", f"`{made['command']}`, commit {str(made['commit'])[:10]}, {hardware(made)}, {content['threads']} "
+              f"thread(s), {content['precision']}, {content['rounds']} rounds: "
               "[results/bench_sample.json](../results/bench_sample.json).", ""]  # fmt: skip
     return "\n".join(lines)
 
