@@ -17,6 +17,7 @@ SOURCE = ROOT / "src" / "e2p"
 FILES = sorted(SOURCE.rglob("*.py"))
 ORDER = (
     "errors",
+    "config_evaluation",
     "config",
     "config_io",
     "provenance",

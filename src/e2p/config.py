@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from e2p.errors import ConfigError
+from e2p.config_evaluation import ARMS as ARMS
+from e2p.config_evaluation import MODEL_ARMS as MODEL_ARMS
+from e2p.config_evaluation import EvaluationConfig as EvaluationConfig
+from e2p.config_evaluation import NextItemConfig as NextItemConfig
+from e2p.config_evaluation import PlaylistsConfig as PlaylistsConfig
+from e2p.config_evaluation import require
 
 Position = Literal["before_bos", "after_bos", "after_system", "before_completion"]
 Precision = Literal["auto", "float32", "bfloat16"]
-MODEL_ARMS = ("none", "prompt", "static", "random", "shuffled", "null", "e2p", "e2p+prompt")
-ARMS = (*MODEL_ARMS, "rerank", "retrieval", "popularity")
-
-
-def _require(condition: bool, key: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ConfigError(f"{key}: expected {expected}, got {got!r}")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class SplitConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "fractions", tuple(self.fractions))
         ok = len(self.fractions) == 3 and min(self.fractions) >= 0 and abs(sum(self.fractions) - 1) < 1e-6
-        _require(ok, "data.split.fractions", "three shares >= 0 that sum to 1", self.fractions)
+        require(ok, "data.split.fractions", "three shares >= 0 that sum to 1", self.fractions)
 
 
 @dataclass(frozen=True)
@@ -96,12 +94,12 @@ class DataConfig:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.max_prompt_tokens > 0, "data.max_prompt_tokens", "a number > 0", self.max_prompt_tokens)
-        _require(
+        require(self.max_prompt_tokens > 0, "data.max_prompt_tokens", "a number > 0", self.max_prompt_tokens)
+        require(
             self.max_completion_tokens > 0, "data.max_completion_tokens", "a number > 0", self.max_completion_tokens
         )
-        _require(0 < self.train_share <= 1, "data.train_share", "a number in (0, 1]", self.train_share)
-        _require(
+        require(0 < self.train_share <= 1, "data.train_share", "a number in (0, 1]", self.train_share)
+        require(
             "{profile}" in self.profile_template,
             "data.profile_template",
             "a text that contains {profile}",
@@ -140,10 +138,10 @@ class ProjectorConfig:
     form: Literal["phi", "static+user"] = "phi"
 
     def __post_init__(self) -> None:
-        _require(self.hidden_dim >= 1, "projector.hidden_dim", "a whole number >= 1", self.hidden_dim)
-        _require(self.prefix_tokens >= 1, "projector.prefix_tokens", "a whole number >= 1", self.prefix_tokens)
-        _require(0 <= self.null_prob < 1, "projector.null_prob", "a number in [0, 1)", self.null_prob)
-        _require(self.user_scale > 0, "projector.user_scale", "a number > 0", self.user_scale)
+        require(self.hidden_dim >= 1, "projector.hidden_dim", "a whole number >= 1", self.hidden_dim)
+        require(self.prefix_tokens >= 1, "projector.prefix_tokens", "a whole number >= 1", self.prefix_tokens)
+        require(0 <= self.null_prob < 1, "projector.null_prob", "a number in [0, 1)", self.null_prob)
+        require(self.user_scale > 0, "projector.user_scale", "a number > 0", self.user_scale)
 
 
 @dataclass(frozen=True)
@@ -182,15 +180,15 @@ class ObjectiveConfig:
     distill: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.name in ("lm", "kto", "engagement"), "objective.name", "lm, kto or engagement", self.name)
+        require(self.name in ("lm", "kto", "engagement"), "objective.name", "lm, kto or engagement", self.name)
         for name in ("beta", "desirable_weight", "undesirable_weight", "contrast_margin"):
-            _require(getattr(self, name) > 0, f"objective.{name}", "a number > 0", getattr(self, name))
+            require(getattr(self, name) > 0, f"objective.{name}", "a number > 0", getattr(self, name))
         for name in ("alpha", "likelihood", "contrast", "distill"):
-            _require(getattr(self, name) >= 0, f"objective.{name}", "a number >= 0", getattr(self, name))
+            require(getattr(self, name) >= 0, f"objective.{name}", "a number >= 0", getattr(self, name))
         both = self.contrast > 0 and self.distill > 0
-        _require(not both, "objective", "one of contrast and distill", (self.contrast, self.distill))
+        require(not both, "objective", "one of contrast and distill", (self.contrast, self.distill))
         alone = self.name == "lm" or not (self.contrast or self.distill)
-        _require(alone, "objective", "contrast and distill with name lm", self.name)
+        require(alone, "objective", "contrast and distill with name lm", self.name)
 
 
 @dataclass(frozen=True)
@@ -231,128 +229,16 @@ class TrainingConfig:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "training.epochs", "a whole number >= 1", self.epochs)
-        _require(self.max_steps >= 0, "training.max_steps", "a whole number >= 0", self.max_steps)
-        _require(self.batch_size >= 1, "training.batch_size", "a whole number >= 1", self.batch_size)
-        _require(self.tokens_per_pass >= 1, "training.tokens_per_pass", "a whole number >= 1", self.tokens_per_pass)
-        _require(self.learning_rate > 0, "training.learning_rate", "a number > 0", self.learning_rate)
-        _require(0 <= self.warmup_ratio < 1, "training.warmup_ratio", "a number in [0, 1)", self.warmup_ratio)
-        _require(self.weight_decay >= 0, "training.weight_decay", "a number >= 0", self.weight_decay)
-        _require(self.max_grad_norm >= 0, "training.max_grad_norm", "a number >= 0", self.max_grad_norm)
-        _require(self.evals_per_epoch >= 1, "training.evals_per_epoch", "a whole number >= 1", self.evals_per_epoch)
-        _require(self.patience >= 0, "training.patience", "a whole number >= 0", self.patience)
-
-
-@dataclass(frozen=True)
-class PlaylistsConfig:
-    """Generated playlists, read back and judged against what the listener played (`e2p prepare music` writes all four).
-
-    Args:
-        items: table of item_id, item (the name) and embedding; empty: no playlists are generated.
-        queries: table of query, embedding and items (ids that answer it).
-        plays: table of user_id and item_id: plays that the users' vectors have not seen.
-        known: table of user_id and item_id: plays that they were made of.
-        answers: playlists for each test prompt and arm; their scores are averaged.
-        temperature: that they are drawn with; 0: the likeliest token, always.
-    """
-
-    items: str = ""
-    queries: str = ""
-    plays: str = ""
-    known: str = ""
-    answers: int = 1
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        tables = [bool(getattr(self, name)) for name in ("items", "queries", "plays", "known")]
-        _require(len(set(tables)) == 1, "evaluation.playlists", "items, queries, plays and known, or none", self)
-        _require(self.answers >= 1, "evaluation.playlists.answers", "a whole number >= 1", self.answers)
-        _require(self.temperature >= 0, "evaluation.playlists.temperature", "a number >= 0", self.temperature)
-
-
-@dataclass(frozen=True)
-class NextItemConfig:
-    """Next items, generated as semantic ids and ranked (`e2p prepare nextitem` writes all three).
-
-    Args:
-        items: table of item_id, item (the name), embedding and popularity; empty: no items are ranked.
-        codes: folder with the items' codes, or a JSON file of ready ones. The backbone must speak them (`e2p adapt`).
-        interactions: table of user_id, item_id and timestamp: what a user had, and when.
-        seen: what he had before an example is dropped from its rankings, in all arms alike, or kept.
-        window: most items of a history in a prompt, as the examples were prepared; for ``e2p recommend``.
-        samples: draws for each query; the different ones of them are ranked by log-probability (paper, Section 4.3).
-        temperature: of the draws.
-        beam: partial codes that are kept in the beam search; also the most items that it finds, seen ones included.
-        cutoffs: lengths k of the lists that are judged.
-    """
-
-    items: str = ""
-    codes: str = ""
-    interactions: str = ""
-    seen: Literal["drop", "keep"] = "drop"
-    window: int = 20
-    samples: int = 30
-    temperature: float = 1.0
-    beam: int = 50
-    cutoffs: tuple[int, ...] = (5, 10, 30)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "cutoffs", tuple(self.cutoffs))
-        tables = [bool(getattr(self, name)) for name in ("items", "codes", "interactions")]
-        _require(len(set(tables)) == 1, "evaluation.next_item", "items, codes and interactions, or none", self)
-        for name in ("window", "samples", "beam"):
-            _require(getattr(self, name) >= 1, f"evaluation.next_item.{name}", "a number >= 1", getattr(self, name))
-        _require(self.temperature > 0, "evaluation.next_item.temperature", "a number > 0", self.temperature)
-        ks = self.cutoffs
-        ok = bool(ks) and min(ks) >= 1 and list(ks) == sorted(set(ks)) and ks[-1] <= min(self.beam, self.samples)
-        expected = "growing whole numbers from 1 to beam and samples"
-        _require(ok, "evaluation.next_item.cutoffs", expected, self.cutoffs)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """How a run is judged.
-
-    Args:
-        arms: the ways to condition the model; the two with ``prompt`` need a column ``profile``, ``rerank`` is there
-            where playlists are judged, ``retrieval`` and ``popularity`` where next items are.
-        resamples: bootstrap resamples of the users.
-        samples: users for whom one and the same prompt is answered in the report.
-        max_new_tokens: length of those answers.
-        attribute: column of the example table, such as country or genre, that colours the map of the users by each
-            one's commonest value; empty: clusters of their vectors.
-        headline: metric that the verdict rests on; empty: ``playlist_hits`` where playlists are judged,
-            ``hit_rate@k`` of the longest list where next items are, else ``auc`` with ``kto`` and ``engagement``, else
-            ``nats_per_token``.
-        playlists: what generated playlists are judged with.
-        next_item: what generated next items are judged with.
-        seed: seed of the random arm, of the bootstrap, of the samples, of the playlists and of the next items.
-    """
-
-    arms: tuple[str, ...] = ARMS
-    resamples: int = 10_000
-    samples: int = 3
-    max_new_tokens: int = 48
-    attribute: str = ""
-    headline: str = ""
-    playlists: PlaylistsConfig = field(default_factory=PlaylistsConfig)
-    next_item: NextItemConfig = field(default_factory=NextItemConfig)
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "arms", tuple(self.arms))
-        unknown = [arm for arm in self.arms if arm not in ARMS]
-        _require(not unknown, "evaluation.arms", f"some of {', '.join(ARMS)}", ", ".join(unknown))
-        speaking = not self.arms or bool(set(self.arms) & set(MODEL_ARMS))
-        _require(speaking, "evaluation.arms", "an arm with a language model too", self.arms)
-        both = bool(self.playlists.items and self.next_item.items)
-        _require(not both, "evaluation", "one of playlists and next_item", "both")
-        _require(bool(self.arms), "evaluation.arms", f"some of {', '.join(ARMS)}", self.arms)
-        twice = sorted({arm for arm in self.arms if self.arms.count(arm) > 1})
-        _require(not twice, "evaluation.arms", "every arm once", ", ".join(self.arms))
-        _require(self.resamples >= 100, "evaluation.resamples", "a whole number >= 100", self.resamples)
-        _require(self.samples >= 0, "evaluation.samples", "a whole number >= 0", self.samples)
-        _require(self.max_new_tokens >= 1, "evaluation.max_new_tokens", "a whole number >= 1", self.max_new_tokens)
+        require(self.epochs >= 1, "training.epochs", "a whole number >= 1", self.epochs)
+        require(self.max_steps >= 0, "training.max_steps", "a whole number >= 0", self.max_steps)
+        require(self.batch_size >= 1, "training.batch_size", "a whole number >= 1", self.batch_size)
+        require(self.tokens_per_pass >= 1, "training.tokens_per_pass", "a whole number >= 1", self.tokens_per_pass)
+        require(self.learning_rate > 0, "training.learning_rate", "a number > 0", self.learning_rate)
+        require(0 <= self.warmup_ratio < 1, "training.warmup_ratio", "a number in [0, 1)", self.warmup_ratio)
+        require(self.weight_decay >= 0, "training.weight_decay", "a number >= 0", self.weight_decay)
+        require(self.max_grad_norm >= 0, "training.max_grad_norm", "a number >= 0", self.max_grad_norm)
+        require(self.evals_per_epoch >= 1, "training.evals_per_epoch", "a whole number >= 1", self.evals_per_epoch)
+        require(self.patience >= 0, "training.patience", "a whole number >= 0", self.patience)
 
 
 @dataclass(frozen=True)
@@ -370,4 +256,4 @@ class RunConfig:
     def __post_init__(self) -> None:
         pairs = self.objective.name != "kto" or self.training.batch_size > 1
         expected = "at least 2 with objective.name kto, whose baseline z0 is a mean over a batch's mismatched pairs"
-        _require(pairs, "training.batch_size", expected, self.training.batch_size)
+        require(pairs, "training.batch_size", expected, self.training.batch_size)

@@ -13,7 +13,8 @@ import polars as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from e2p.config import ARMS, RunConfig
+from e2p.config import RunConfig
+from e2p.config_evaluation import ARMS
 from e2p.config_io import from_dict, load_yaml, save_yaml, to_dict
 from e2p.data.sources import cache_root
 from e2p.data.tables import content_key, example_batches, write_frame

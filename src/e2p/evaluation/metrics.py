@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from e2p.config import ARMS
+from e2p.config_evaluation import ARMS
 from e2p.errors import DataError
 from e2p.evaluation.significance import Direction, bootstrap_totals, cluster_totals, percentile_interval
 

@@ -19,7 +19,8 @@ import polars as pl
 import torch
 from rich.progress import Progress
 
-from e2p.config import DataConfig, NextItemConfig
+from e2p.config import DataConfig
+from e2p.config_evaluation import NextItemConfig
 from e2p.data.batches import Ints, token_passes
 from e2p.data.sources import open_table
 from e2p.data.templates import EncodedPrompt

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from e2p.config import PlaylistsConfig
+from e2p.config_evaluation import PlaylistsConfig
 from e2p.data.batches import Ints
 from e2p.data.sources import open_table
 from e2p.data.vectors import to_vectors

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
-from e2p.config import ARMS
+from e2p.config_evaluation import ARMS
 from e2p.errors import DataError, MissingExtraError
 
 Array = NDArray[np.float64]

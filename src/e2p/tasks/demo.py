@@ -12,7 +12,8 @@ import polars as pl
 from rich.console import Console
 from rich.table import Table
 
-from e2p.config import BackboneConfig, DataConfig, EvaluationConfig, ProjectorConfig, RunConfig, TrainingConfig
+from e2p.config import BackboneConfig, DataConfig, ProjectorConfig, RunConfig, TrainingConfig
+from e2p.config_evaluation import EvaluationConfig
 from e2p.data.sources import cache_root
 from e2p.data.tables import require_folder, write_frame
 from e2p.errors import RunError

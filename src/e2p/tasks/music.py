@@ -27,7 +27,8 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from e2p.config import DataConfig, EvaluationConfig, ObjectiveConfig, PlaylistsConfig, RunConfig
+from e2p.config import DataConfig, ObjectiveConfig, RunConfig
+from e2p.config_evaluation import EvaluationConfig, PlaylistsConfig
 from e2p.config_io import save_yaml
 from e2p.data.splits import SPLITS
 from e2p.data.tables import write_embeddings, write_frame

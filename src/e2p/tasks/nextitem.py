@@ -20,7 +20,8 @@ from pathlib import Path
 
 import polars as pl
 
-from e2p.config import DataConfig, EvaluationConfig, NextItemConfig, RunConfig
+from e2p.config import DataConfig, RunConfig
+from e2p.config_evaluation import EvaluationConfig, NextItemConfig
 from e2p.config_io import save_yaml
 from e2p.data.splits import SPLITS
 from e2p.data.tables import write_embeddings, write_frame
