@@ -29,6 +29,7 @@ COMMANDS = {
     "prepare personachat": Command("e2p.tasks.personachat", "prepare", "Persona-Chat dialogues to tables"),
     "prepare music": Command("e2p.tasks.music", "prepare", "Last.fm listening to playlists and vectors"),
     "prepare nextitem": Command("e2p.tasks.nextitem", "prepare", "MovieLens or Amazon histories to semantic ids"),
+    "prepare news": Command("e2p.tasks.news", "prepare", "PENS or MIND click histories to headlines and vectors"),
     "embed": Command("e2p.users.extract", "embed", "texts to user vectors"),
     "behaviour": Command("e2p.users.behaviour", "behaviour", "plays, clicks or ratings to user vectors"),
     "adapt": Command("e2p.items.adapt", "adapt", "teach a backbone a catalogue's codes, before phi is trained"),
