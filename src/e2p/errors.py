@@ -6,6 +6,7 @@
     ├── BackboneError      the language model cannot be loaded or does not fit the task
     ├── AdapterError       a saved adapter is broken or belongs to another backbone
     ├── RunError           a run folder exists already, or lacks what a command needs
+    ├── StoreError         a store of user vectors cannot be opened, reached, read or written
     └── MissingExtraError  an optional package is not installed
 
 A message says what was expected, what came and what to do, with the file, row or key. At the command line each of
@@ -37,6 +38,10 @@ class AdapterError(E2PError):
 
 class RunError(E2PError):
     """A run folder would be overwritten, or does not hold what the command needs."""
+
+
+class StoreError(E2PError):
+    """A store of user vectors is not there, is no store, is damaged, full or out of reach; nothing half is in it."""
 
 
 class MissingExtraError(E2PError):
