@@ -10,6 +10,7 @@ from e2p.config_evaluation import MODEL_ARMS as MODEL_ARMS
 from e2p.config_evaluation import EvaluationConfig as EvaluationConfig
 from e2p.config_evaluation import NextItemConfig as NextItemConfig
 from e2p.config_evaluation import PlaylistsConfig as PlaylistsConfig
+from e2p.config_evaluation import TextsConfig as TextsConfig
 from e2p.config_evaluation import require
 
 Position = Literal["before_bos", "after_bos", "after_system", "before_completion"]

@@ -84,6 +84,40 @@ class NextItemConfig:
 
 
 @dataclass(frozen=True)
+class TextsConfig:
+    """Generated texts, such as headlines or messages, judged against the test examples' own completions.
+
+    Args:
+        generate: which answers: ``greedy``, the likeliest token each time, ``sampled``, or both; empty: none are made.
+        draws: sampled answers for each test prompt; their scores are averaged.
+        temperature: of the draws.
+        most: most test examples that are answered, each as likely as any other, drawn with ``evaluation.seed``; 0: all.
+        stemming: ROUGE compares words by their stems (Porter's, for English). The rouge-score package itself does not
+            unless told to, so compare figures only with those that were made alike.
+        tokenizer: what ROUGE calls a word. ``rouge``: the package's own, runs of a-z and 0-9; of other scripts nothing
+            is seen, and an accented letter cuts its word in two. ``unicode``: runs of letters and digits of any script,
+            single characters where no spaces are written; of ASCII texts it gives the same.
+    """
+
+    generate: tuple[Literal["greedy", "sampled"], ...] = ()
+    draws: int = 1
+    temperature: float = 1.0
+    most: int = 0
+    stemming: bool = True
+    tokenizer: Literal["rouge", "unicode"] = "rouge"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "generate", tuple(self.generate))
+        known = set(self.generate) <= {"greedy", "sampled"} and len(set(self.generate)) == len(self.generate)
+        require(known, "evaluation.texts.generate", "greedy, sampled, or both, each once", self.generate)
+        require(self.draws >= 1, "evaluation.texts.draws", "a whole number >= 1", self.draws)
+        require(self.temperature > 0, "evaluation.texts.temperature", "a number > 0", self.temperature)
+        require(self.most >= 0, "evaluation.texts.most", "a whole number >= 0", self.most)
+        kinds = ("rouge", "unicode")
+        require(self.tokenizer in kinds, "evaluation.texts.tokenizer", " or ".join(kinds), self.tokenizer)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How a run is judged.
 
@@ -92,7 +126,7 @@ class EvaluationConfig:
             where playlists are judged, ``retrieval`` and ``popularity`` where next items are.
         resamples: bootstrap resamples of the users.
         samples: users for whom one and the same prompt is answered in the report.
-        max_new_tokens: length of those answers.
+        max_new_tokens: length of those answers, and of whatever is generated to be judged.
         attribute: column of the example table, such as country or genre, that colours the map of the users by each
             one's commonest value; empty: clusters of their vectors.
         headline: metric that the verdict rests on; empty: ``playlist_hits`` where playlists are judged,
@@ -100,7 +134,9 @@ class EvaluationConfig:
             ``nats_per_token``.
         playlists: what generated playlists are judged with.
         next_item: what generated next items are judged with.
-        seed: seed of the random arm, of the bootstrap, of the samples, of the playlists and of the next items.
+        texts: which texts are generated and how they are judged; one of the three at most. Texts do not make the
+            verdict unless ``headline`` names one of their metrics, such as ``rougeL``.
+        seed: seed of the random arm, of the bootstrap, of the samples and of what is generated.
     """
 
     arms: tuple[str, ...] = ARMS
@@ -111,6 +147,7 @@ class EvaluationConfig:
     headline: str = ""
     playlists: PlaylistsConfig = field(default_factory=PlaylistsConfig)
     next_item: NextItemConfig = field(default_factory=NextItemConfig)
+    texts: TextsConfig = field(default_factory=TextsConfig)
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -119,8 +156,9 @@ class EvaluationConfig:
         require(not unknown, "evaluation.arms", f"some of {', '.join(ARMS)}", ", ".join(unknown))
         speaking = not self.arms or bool(set(self.arms) & set(MODEL_ARMS))
         require(speaking, "evaluation.arms", "an arm with a language model too", self.arms)
-        both = bool(self.playlists.items and self.next_item.items)
-        require(not both, "evaluation", "one of playlists and next_item", "both")
+        judged = {"playlists": self.playlists.items, "next_item": self.next_item.items, "texts": self.texts.generate}
+        found = [name for name, asked in judged.items() if asked]
+        require(len(found) < 2, "evaluation", "one of playlists, next_item and texts", " and ".join(found))
         require(bool(self.arms), "evaluation.arms", f"some of {', '.join(ARMS)}", self.arms)
         twice = sorted({arm for arm in self.arms if self.arms.count(arm) > 1})
         require(not twice, "evaluation.arms", "every arm once", ", ".join(self.arms))

@@ -58,7 +58,7 @@ def answer(
         for draw in range(draws):
             for number, part in enumerate(token_passes(lengths + max_new_tokens, budget)):
                 torch.manual_seed(int(np.random.SeedSequence([seed, 7, draw, number]).generate_state(1)[0]))
-                ids, room = _continued(arm, rows[part], max_new_tokens, settings)
+                ids, room = continued(arm, rows[part], max_new_tokens, settings)
                 for at, row in zip(part, ids, strict=True):
                     texts[draw, at] = model.encoder.tokenizer.decode(row, skip_special_tokens=True).strip()
                     cut[draw, at] = len(row) >= room
@@ -77,8 +77,18 @@ def answer(
 
 
 @torch.no_grad()
-def _continued(arm: Arm, rows: Ints, most: int, settings: dict[str, Any]) -> tuple[list[list[int]], int]:
-    """New ids of each row, and how many there could have been."""
+def continued(arm: Arm, rows: Ints, most: int, settings: dict[str, Any]) -> tuple[list[list[int]], int]:
+    """Continue the prompts of some rows in one batch, until all of them are at their end.
+
+    Args:
+        arm: the arm.
+        rows: of the example table.
+        most: new tokens; fewer where the backbone's window is shorter.
+        settings: for transformers' ``generate``.
+
+    Returns:
+        New ids of each row, and how many there could have been.
+    """
     model, backbone = arm.model, arm.model.backbone
     batch = arm.examples.batch(rows).to(backbone.device)
     prefix = model.projector(batch.embeddings, batch.present) if arm.use_prefix else None

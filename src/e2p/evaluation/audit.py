@@ -14,6 +14,8 @@ from typing import Any
 
 import polars as pl
 
+from e2p.config import RunConfig
+from e2p.config_io import to_dict
 from e2p.errors import DataError, RunError
 from e2p.evaluation.breakdowns import breakdowns, check_covariates, gains
 from e2p.evaluation.engagement import agreement
@@ -126,6 +128,7 @@ def audit(
         "prefix": first.about.get("prefix"),
         "playlists": _playlists(first.about.get("playlists"), [headline, *others]),
         "next_item": first.about.get("next_item"),
+        "texts": first.about.get("texts"),
         "warnings": _warnings(seeds),
     }
 
@@ -198,8 +201,12 @@ def differing(groups: Sequence[Sequence[Scored]]) -> list[dict[str, Any]]:
 
 
 def _settings(one: Scored) -> dict[str, Any]:
-    """What makes an experiment: settings by dotted names, and hashes of the tables."""
-    config = {name: value for name, value in flat(one.about.get("config") or {}).items() if name not in _FREE}
+    """What makes an experiment: settings by dotted names, and hashes of the tables.
+
+    Settings that e2p did not know when the run was scored stand at their defaults: it is no other run for that."""
+    given = flat(one.about.get("config") or {})
+    given = flat(to_dict(RunConfig())) | given if given else given
+    config = {name: value for name, value in given.items() if name not in _FREE}
     return config | {f"table of {name}": value for name, value in (one.about.get("inputs") or {}).items()}
 
 

@@ -1,4 +1,4 @@
-"""What arms generate, beyond likelihoods: playlists or next items, made for every test prompt, kept and judged."""
+"""What arms generate, beyond likelihoods: playlists, next items or texts, made for test prompts, kept and judged."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from e2p.evaluation.arms import Arm
 from e2p.evaluation.audit import ANSWERS, RECOMMENDED
 from e2p.evaluation.next_item import NextItems, judge_next_items, load_next_items, metrics_of, recommend, without_model
 from e2p.evaluation.playlists import METRICS, Shelf, judge_playlists, load_shelf, rerank_answers
+from e2p.evaluation.texts import Texts, answer_texts, judge_texts, load_texts, text_metrics
 from e2p.model.backbone import FrozenBackbone
 from e2p.training.inputs import RunInputs
 
@@ -32,6 +33,7 @@ class Judges:
 
     playlists: Shelf | None = None
     next_item: NextItems | None = None
+    texts: Texts | None = None
 
     def metrics(self) -> list[str]:
         """What they measure, the one that a verdict rests on first."""
@@ -41,6 +43,10 @@ class Judges:
             return [name for name in METRICS if name != "engagement" or self.playlists.predictor]
         return []
 
+    def beside(self) -> list[str]:
+        """What they measure that a verdict rests on only where the settings say so."""
+        return text_metrics(self.texts.settings) if self.texts is not None else []
+
 
 def open_judges(
     config: RunConfig, inputs: RunInputs, backbone: FrozenBackbone, console: Console | None = None
@@ -48,9 +54,12 @@ def open_judges(
     """Read the tables that the settings name.
 
     Raises:
-        DataError, BackboneError: as :func:`load_shelf` and :func:`load_next_items`.
+        DataError, BackboneError, MissingExtraError: as :func:`load_shelf`, :func:`load_next_items` and
+            :func:`load_texts`.
     """
     judged = config.evaluation
+    if judged.texts.generate:
+        return Judges(texts=load_texts(judged.texts, config.data.examples, inputs, judged.seed))
     if judged.next_item.items:
         return Judges(next_item=load_next_items(judged.next_item, config.data, inputs, backbone))
     if not judged.playlists.items:
@@ -66,10 +75,11 @@ def judge_generated(
     """Generate with all arms, keep it in the run folder, and judge it.
 
     Returns:
-        Scores in long form, and for JSON what there is to know about them, as ``playlists`` and ``next_item``.
+        Scores in long form, and for JSON what there is to know about them, as ``playlists``, ``next_item`` and
+        ``texts``.
     """
     scores: list[pl.DataFrame] = []
-    about: dict[str, Any] = {"playlists": None, "next_item": None}
+    about: dict[str, Any] = {"playlists": None, "next_item": None, "texts": None}
     budget, seed = config.training.tokens_per_pass, config.evaluation.seed
     extra = [arm for arm in config.evaluation.arms if arm in WITHOUT_MODEL]
     if judges.playlists is not None:
@@ -104,5 +114,11 @@ def judge_generated(
         recommended = pl.concat(found)
         write_frame(folder / RECOMMENDED, recommended)
         judged, about["next_item"] = judge_next_items(recommended, certain, judges.next_item, inputs)
+        scores.append(judged)
+    if judges.texts is not None:
+        length = config.evaluation.max_new_tokens
+        answers = pl.concat(answer_texts(arm, inputs, judges.texts, budget, length, seed, bars) for arm in arms)
+        write_frame(folder / ANSWERS, answers)
+        judged, about["texts"] = judge_texts(answers, judges.texts, config.evaluation.samples, seed)
         scores.append(judged)
     return scores, about

@@ -165,7 +165,7 @@ def _headline(config: RunConfig, inputs: RunInputs, judges: Judges) -> str:
     measured = ["nats_per_token"]
     if (inputs.labels[inputs.all_rows("test")] == 0).any():
         measured.insert(0 if config.objective.name != "lm" else 1, "auc")
-    measured = [*judges.metrics(), *measured]
+    measured = [*judges.metrics(), *measured, *judges.beside()]
     asked = config.evaluation.headline
     if asked and asked not in measured:
         raise DataError(f"evaluation.headline: expected one of {', '.join(measured)}, got {asked!r}")

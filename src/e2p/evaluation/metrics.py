@@ -44,7 +44,11 @@ _KNOWN: dict[str, tuple[str, Direction]] = {
     "invented": ("share invented", "lower"),
     "popularity": ("popularity percentile", "lower"),
     "accuracy": ("accuracy", "higher"),
+    "copied": ("share copied", "lower"),
+    "words": ("words", "lower"),  # of a length neither is better; a test needs a sign
 }
+TEXTS = ("rouge1", "rouge2", "rougeL", "copied", "words")  # what generated texts are measured by
+_SAMPLED = "_sampled"
 _RANKED = {"hit_rate": "HitRate", "ndcg": "NDCG", "mrr": "MRR", "recall": "recall", "precision": "precision"}
 
 
@@ -64,7 +68,8 @@ class Metric:
 
 
 def metric_of(name: str, better: Mapping[str, Direction] | None = None) -> Metric:
-    """A metric by name; ``hit_rate@10``, ``ndcg@5`` and the like are known for every k.
+    """A metric by name; ``hit_rate@10``, ``ndcg@5`` and the like are known for every k, ``rougeL_sampled`` and the
+    like for drawn texts.
 
     Args:
         name: of the metric.
@@ -75,6 +80,8 @@ def metric_of(name: str, better: Mapping[str, Direction] | None = None) -> Metri
     """
     ranked = re.fullmatch(rf"({'|'.join(_RANKED)})@([1-9]\d*)", name)
     label, known = (f"{_RANKED[ranked[1]]}@{ranked[2]}", "higher") if ranked else _KNOWN.get(name, (name, None))
+    if name.endswith(_SAMPLED) and (base := name.removesuffix(_SAMPLED)) in TEXTS:
+        label, known = f"{_KNOWN[base][0]} of draws", _KNOWN[base][1]
     direction = (better or {}).get(name, known)
     if direction not in ("lower", "higher"):
         raise DataError(
@@ -82,6 +89,11 @@ def metric_of(name: str, better: Mapping[str, Direction] | None = None) -> Metri
             f"--better.{name} higher, in Python with better={{'{name}': 'higher'}}"
         )
     return Metric(name, label, "lower" if direction == "lower" else "higher")
+
+
+def text_metric(name: str, way: str) -> str:
+    """What a measure of greedy or of sampled texts is called in the scores."""
+    return name + _SAMPLED if way == "sampled" else name
 
 
 def audited_metrics(scores: Scores, headline: str = "") -> list[str]:

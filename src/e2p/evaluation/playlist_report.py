@@ -107,9 +107,14 @@ def draw_calibration(found: Mapping[str, Any] | None, folder: Path) -> Picture |
 
 def markdown(found: Section, shown: Picture | None, cell: Callable[[object], str]) -> str:
     """The section in Markdown; ``cell`` makes any text one line without markup."""
-    lines = [found.table.headings, ["---"] * len(found.table.headings), *found.table.rows]
-    table = "\n".join(f"| {' | '.join(map(cell, cells))} |" for cells in lines)
-    parts = ["", f"## {found.title}", table, cell(found.legend), *map(cell, found.texts)]
+
+    def grid(table: Table) -> str:
+        lines = [table.headings, ["---"] * len(table.headings), *table.rows]
+        return "\n".join(f"| {' | '.join(map(cell, cells))} |" for cells in lines)
+
+    parts = ["", f"## {found.title}", grid(found.table), cell(found.legend), *map(cell, found.texts)]
+    for asked, answers in found.samples:
+        parts += [f"**Prompt:** {cell(asked)}", grid(answers)]
     if shown:
         parts += [f"![{cell(shown.title)}](figures/{shown.name}.png)", cell(shown.caption)]
     return "\n\n".join(parts) + "\n"

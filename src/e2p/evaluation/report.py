@@ -35,6 +35,7 @@ from e2p.evaluation.tables import (
     training_table,
     write_csv,
 )
+from e2p.evaluation.texts_report import texts_of, variety_sections
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -88,6 +89,7 @@ def write_report(folder: Path) -> str:
     if results.get("playlists"):
         readings = results["playlists"].get("readings") or {}
         sections.append({"metric": {"name": "miss_rate", "better": "lower"}, "arms": readings, "comparisons": []})
+    sections += variety_sections(results)
     texts["tables.tex"] = latex(
         comparison_table(comparisons, metric),
         arm_table(results["arms"], metric),
@@ -146,6 +148,7 @@ def load_results(folder: Path) -> dict[str, Any]:
         "space": lambda: results.get("space") and space_caption(results["space"]),
         "playlists": lambda: playlists_of(results),
         "next_item": lambda: next_items_of(results),
+        "texts": lambda: (texts_of(results), variety_sections(results)),
         "prefix": lambda: results.get("prefix") and likeness_caption(results["prefix"]),
     }
     for name, show in shown.items():
@@ -262,7 +265,7 @@ def _view(results: Mapping[str, Any], comparisons: list[Comparison], pictures: l
         "metric": metric,
         "lead": [one for one in pictures if one.name in LEAD],
         "more": [one for one in pictures if one.name not in (*LEAD, "calibration")],
-        "generated": playlists_of(results) or next_items_of(results),
+        "generated": playlists_of(results) or next_items_of(results) or texts_of(results),
         "calibration": next((one for one in pictures if one.name == "calibration"), None),
         "samples": [_sample(sample) for sample in results["samples"]],
         "comparisons": comparison_table(comparisons, metric),

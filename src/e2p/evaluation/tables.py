@@ -106,6 +106,7 @@ class Section(NamedTuple):
         table: one row an arm.
         legend: what its columns are.
         texts: sentences below.
+        samples: what was asked, and a table of what was answered.
     """
 
     title: str
@@ -114,6 +115,7 @@ class Section(NamedTuple):
     table: Table
     legend: str
     texts: list[str]
+    samples: Sequence[tuple[str, Table]] = ()
 
 
 def comparison_table(comparisons: Sequence[Comparison], metric: Metric) -> Table:
