@@ -34,7 +34,7 @@ ORDER = (
     "cli",
 )
 EXTRAS = ("scipy", "sklearn", "matplotlib", "implicit", "rapidfuzz", "torch_geometric", "sentence_transformers")
-EXTRAS += ("peft", "trl", "datasets", "tensorboard", "faiss", "redis")
+EXTRAS += ("peft", "trl", "datasets", "tensorboard", "faiss", "redis", "rouge_score", "nltk")
 HEAVY = ("torch", "transformers", "polars", "numpy", "pyarrow", "rich", "jinja2", "accelerate")
 
 
