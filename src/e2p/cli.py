@@ -42,6 +42,7 @@ COMMANDS = {
     "bench train": Command("e2p.bench.train", "bench", "training speed and memory against PEFT prompt tuning"),
     "bench kto": Command("e2p.bench.kto", "bench", "the same of training on yes/no labels against TRL's KTOTrainer"),
     "bench sample": Command("e2p.bench.sample", "bench", "speed and memory of generating items against generate"),
+    "bench answers": Command("e2p.bench.answers", "bench", "answers of many users in batches, and one at a time"),
     "bench scale": Command(
         "e2p.bench.scale", "bench", "a large catalogue's trie, and the join of many vectors by time"
     ),

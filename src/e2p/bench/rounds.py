@@ -17,6 +17,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata
@@ -298,14 +299,7 @@ def _table(kind: type[Bench], setting: Setting, rounds: int, folder: Path, conso
             "peak_mib": memory[side],
             **many.side_details(side, rounds),
         }
-    ratios = {
-        f"{side} to {base}": {
-            "speed": spread([b[0] / a[0] for a, b in zip(seconds[side], seconds[base], strict=True)]),
-            "speed_cpu_time": spread([b[1] / a[1] for a, b in zip(seconds[side], seconds[base], strict=True)]),
-            "memory": round(memory[side] / memory[base], 3) if memory[base] else None,
-        }
-        for side, base in kind.pairs
-    }
+    ratios = ratios_of(seconds, memory, kind.pairs)
     console.print(ratios)
     return {
         "vocabulary": int(many.backbone.head.linear.weight.shape[0]),
@@ -315,6 +309,28 @@ def _table(kind: type[Bench], setting: Setting, rounds: int, folder: Path, conso
         "sides": sides,
         "ratios": ratios,
         **many.details(),
+    }
+
+
+def ratios_of(
+    seconds: Mapping[str, Sequence[tuple[float, float]]],
+    memory: Mapping[str, float],
+    pairs: Iterable[tuple[str, str]],
+) -> dict[str, Any]:
+    """How many times as fast the first of two sides is as the second, within each round, and its share of the memory.
+
+    Args:
+        seconds: wall-clock and processor time of each side's rounds.
+        memory: each side's peak.
+        pairs: sides to compare.
+    """
+    return {
+        f"{side} to {base}": {
+            "speed": spread([b[0] / a[0] for a, b in zip(seconds[side], seconds[base], strict=True)]),
+            "speed_cpu_time": spread([b[1] / a[1] for a, b in zip(seconds[side], seconds[base], strict=True)]),
+            "memory": round(memory[side] / memory[base], 3) if memory[base] else None,
+        }
+        for side, base in pairs
     }
 
 

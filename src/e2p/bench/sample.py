@@ -29,7 +29,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 from e2p.bench.memory import peak_memory, start_memory
 from e2p.bench.quiet import quiet
-from e2p.bench.rounds import now, spread
+from e2p.bench.rounds import now, ratios_of
 from e2p.config import BackboneConfig
 from e2p.data.templates import EncodedPrompt
 from e2p.errors import ConfigError
@@ -129,15 +129,7 @@ def bench(
             "items_share": round(float((rows[side] >= 0).float().mean()), 4),
             "different_items": statistics.mean(len(set(row) - {-1}) for row in rows[side].tolist()),
         }
-    ratios = {
-        f"{side} to {base}": {
-            "speed": spread([b[0] / a[0] for a, b in zip(seconds[side], seconds[base], strict=True)]),
-            "speed_cpu_time": spread([b[1] / a[1] for a, b in zip(seconds[side], seconds[base], strict=True)]),
-            "memory": round(memory[side] / memory[base], 3) if memory[base] else None,
-        }
-        for side in OURS
-        for base in THEIRS
-    }
+    ratios = ratios_of(seconds, memory, [(side, base) for side in OURS for base in THEIRS])
     console.print(ratios)
     result = {
         "bench": "sample",

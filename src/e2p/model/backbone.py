@@ -295,7 +295,7 @@ class FrozenBackbone(nn.Module):
             known[row, pad + cut + k :] = ids[row, cut : len(prompt.ids)]
         end = settings.pop("eos_token_id", None)
         self.require_room(width + k + int(settings.get("max_new_tokens") or 0), "lower max_new_tokens or shorten")
-        ends = self._ends() if end is None else sorted({end} if isinstance(end, int) else set(end))
+        ends = self.ends() if end is None else sorted({end} if isinstance(end, int) else set(end))
         with self.autocast():
             out = self.model.generate(
                 inputs=known,
@@ -328,7 +328,7 @@ class FrozenBackbone(nn.Module):
                 f"{advice} the prompt"
             )
 
-    def _ends(self) -> list[int]:
+    def ends(self) -> list[int]:
         """Tokens that end an answer: the tokenizer's, and those that the checkpoint names for generation."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         ends = {self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
