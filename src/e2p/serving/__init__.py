@@ -1,0 +1,1 @@
+"""Answers for users over HTTP: engines that generate, and the application in front of them."""
