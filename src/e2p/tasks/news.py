@@ -7,7 +7,8 @@ What decides about leakage:
 
 - No article is in two parts, and no test user in training. Where the files divide their impressions (PENS; MIND with
   train and dev), their parts hold, and an article of a later part is taken out of the earlier ones; MIND's dev users
-  are in training too, but earlier. Else articles and users are dealt, and an example of two different parts is left out.
+  are in training too, but earlier. Else articles and users are dealt, and an example whose two parts differ is left
+  out.
 - A user's vector and profile are of the clicks before an impression. Histories can give examples as well
   (``history_share``): of a user, the later clicks; then vector and profile are of the earlier ones alone, in all of
   this user's examples alike, so that no vector tells by its length or age which example it stands before.
