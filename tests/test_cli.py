@@ -93,8 +93,8 @@ def test_the_version_is_said(run: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nonsense"], "expected a command (demo, prepare personachat"),
-        (["prepare"], "expected a command (prepare personachat, prepare music, prepare nextitem), got 'prepare'"),
+        (["nonsense"], "expected a command (demo, prepare table"),
+        (["prepare"], "expected a command (prepare table, prepare personachat, prepare music, prepare nextitem, prepare"),
         (["prepare", "nonsense"], "got 'prepare nonsense'"),
         (["evaluate"], "required: runs"),
         (["evaluate", "a", "b", "--seed", "1"], "unrecognized arguments: --seed=1"),
@@ -426,5 +426,5 @@ def test_what_users_and_models_say_is_no_markup(
 def test_a_group_of_commands_explains_itself(run: Run) -> None:
     code, out, err = run("prepare", "--help")
     assert (code, err) == (0, "")
-    tasks = ["e2p prepare personachat", "e2p prepare music", "e2p prepare nextitem"]
+    tasks = [f"e2p prepare {task}" for task in ("table", "personachat", "music", "nextitem", "lamp", "news")]
     assert [line.split(":")[0] for line in out.splitlines()] == tasks

@@ -26,9 +26,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("e2p.tasks.demo", "demo", "watch a frozen model become personal, offline, in five minutes"),
+    "prepare table": Command("e2p.tasks.table", "prepare", "your own data, whatever its columns are called"),
     "prepare personachat": Command("e2p.tasks.personachat", "prepare", "Persona-Chat dialogues to tables"),
     "prepare music": Command("e2p.tasks.music", "prepare", "Last.fm listening to playlists and vectors"),
     "prepare nextitem": Command("e2p.tasks.nextitem", "prepare", "MovieLens or Amazon histories to semantic ids"),
+    "prepare lamp": Command("e2p.tasks.lamp", "prepare", "LaMP's generation tasks to texts and vectors"),
     "prepare news": Command("e2p.tasks.news", "prepare", "PENS or MIND click histories to headlines and vectors"),
     "embed": Command("e2p.users.extract", "embed", "texts to user vectors"),
     "behaviour": Command("e2p.users.behaviour", "behaviour", "plays, clicks or ratings to user vectors"),
