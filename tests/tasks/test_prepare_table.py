@@ -236,6 +236,11 @@ def test_columns_that_must_be_there(options: dict[str, Any], said: str, tmp_path
         prepared(tmp_path, sales(tmp_path), **options)
 
 
+def test_a_fixed_text_stands_in_every_row(tmp_path: Path) -> None:
+    table = prepared(tmp_path, sales(tmp_path), **NAMES | {"prompt": "="}, label="=true", split="=train")
+    assert table.select("prompt", "label", "split").rows() == [("", True, "train")] * 4
+
+
 def test_types_that_cannot_be(tmp_path: Path) -> None:
     rows = [{"who": 1.5, "q": ["a"], "a": "x"}, {"who": 2.5, "q": ["b"], "a": "y"}]
     source = write(tmp_path, "parquet", rows)
@@ -243,6 +248,12 @@ def test_types_that_cannot_be(tmp_path: Path) -> None:
         prepared(tmp_path, source, user_id="who", prompt="a", completion="a")
     with pytest.raises(DataError, match=r"column 'q': expected text or one number a row, got List"):
         prepared(tmp_path, source, user_id="a", prompt="q: {q}", completion="a")
+    with pytest.raises(DataError, match=r"column 'q' \(--messages\): expected a list of \{role, content\}"):
+        prepared(tmp_path, source, user_id="a", messages="q", completion="a")
+    with pytest.raises(DataError, match=r"column 'q': expected text or one number a row, got List"):
+        prepared(tmp_path, source, user_id="a", prompt="a", completion="a", label="q")
+    with pytest.raises(DataError, match=r"column 'q': expected numbers, a list of numbers, or a text of numbers"):
+        prepared(tmp_path, source, user_id="a", prompt="a", completion="a", vector_columns=("q",))
 
 
 # ---------------------------------------------------------------- bad rows
@@ -561,6 +572,17 @@ def test_vectors_beside_the_examples(tmp_path: Path, capsys: pytest.CaptureFixtu
     rows[-1] |= {"f1": 99}
     with pytest.raises(DataError, match=r"row 4: .*got '007: another vector than in row 0'"):
         prepared(tmp_path, write_csv(tmp_path / "a.csv", rows), **NAMES, vector_columns=("f0", "f1"))
+
+
+def test_unfilled_times_and_versions_of_vectors_say_nothing(tmp_path: Path) -> None:
+    rows = [{"customer": row["customer"], "v": "1 2", "timestamp": "", "version": ""} for row in SALES]
+    held = write_csv(tmp_path / "v.csv", rows)
+    prepared(tmp_path, sales(tmp_path), **NAMES, embeddings=held, vector_columns=("v",))
+    assert pl.read_parquet(tmp_path / "out" / "embeddings.parquet").columns == ["user_id", "embedding"]
+    for named in ("timestamp", "version"):
+        option = {"vector_timestamp" if named == "timestamp" else "version": named}
+        with pytest.raises(DataError, match=rf"row 0: column '{named}'.*: expected a (time|version)"):
+            prepared(tmp_path, sales(tmp_path), **NAMES, embeddings=held, vector_columns=("v",), **option)
 
 
 def test_two_versions_are_refused(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import polars as pl
 
-from e2p.data.checks import SPLIT_NAMES
+from e2p.data.checks import SPLIT_NAMES, check_types
 from e2p.data.sources import UTC, Table
 from e2p.data.tables import EMBEDDING_COLUMNS, KEY_COLUMNS, TEXT_COLUMNS
-from e2p.errors import ConfigError
+from e2p.errors import ConfigError, DataError
 from e2p.tasks.table_fields import Field, field_of, labels_of
 from e2p.tasks.table_rows import BadRows, Fault, ParquetSink, blank, messages_of
 from e2p.tasks.table_times import Clock
@@ -101,6 +101,8 @@ def plan_examples(
     turns, label = found.get("messages"), found.get("label")
     if turns is not None and turns.column is None:
         raise ConfigError(f"messages: expected a column, got {wanted['messages']!r}; write templates as --prompt")
+    if turns is not None:
+        _require_messages(table, turns)
     columns = ", ".join(table.schema)
     for name in ("user_id", "completion"):
         if name not in texts:
@@ -113,6 +115,13 @@ def plan_examples(
     if both:
         raise ConfigError(f"engaged: expected other values than in not_engaged, got {both[0]!r} in both; drop one")
     return Plan(table, texts, turns, label, engaged, not_engaged, clock)
+
+
+def _require_messages(table: Table, turns: Field) -> None:
+    try:
+        check_types(Table(table.name, table.kind, table.files, {"messages": table.schema[turns.column or ""]}))
+    except DataError as error:
+        raise DataError(str(error).replace("column 'messages'", turns.said)) from None
 
 
 def write_examples(plan: Plan, path: Path, bad: BadRows, timed: bool) -> list[str]:
@@ -195,7 +204,8 @@ def _examples(plan: Plan, batch: pl.DataFrame, timed: bool) -> tuple[pl.DataFram
         if timed:
             faults.append(Fault(f"{plan.clock.said}: expected a time, as the vectors have times", moments.is_null()))
     if plan.label is not None:
-        values = texts.select(plan.label.text()).to_series() if plan.label.column is None else batch[plan.label.column]
+        column = plan.label.column
+        values = batch[column] if column else batch.with_columns(label=plan.label.text())["label"]
         labels, fault = labels_of(values, plan.label.said, plan.engaged, plan.not_engaged)
         frame = frame.with_columns(labels)
         faults.append(fault)

@@ -78,7 +78,7 @@ def field_of(name: str, wanted: str, table: Table, option: str = "") -> Field | 
             f"{option}: expected a column, a template such as 'About {{{next(iter(table.schema), 'column')}}}' or a "
             f"fixed text after =, got {wanted!r}; {table.name} has {', '.join(table.schema)}"
         )
-    if found is not None and name not in ("messages", "timestamp", "label"):
+    if found is not None and name not in ("messages", "timestamp"):
         for column in found.columns:
             _require_scalar(table, column, name in IDS)
     return found

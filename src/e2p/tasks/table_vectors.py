@@ -99,7 +99,16 @@ class VectorOptions:
             clock = clock_of(self.timestamp, own, self.time_format, self.time_zone, "vector_timestamp")
         if table is not None or self.version:
             version = field_of("version", self.version, own)
+        # As our own tables are read: a column that nobody named and nobody filled says nothing.
+        if clock is not None and not self.timestamp and _is_unfilled(own, clock.column):
+            clock = None
+        if version is not None and not self.version and _is_unfilled(own, "version"):
+            version = None
         return VectorSource(own, user, resolve_columns(self.columns, own), clock, version)
+
+
+def _is_unfilled(table: Table, column: str) -> bool:
+    return all(batch[column].null_count() == batch.height for _, batch in table.batches([column], BATCH_ROWS))
 
 
 def resolve_columns(wanted: Sequence[str], table: Table) -> tuple[str, ...]:
