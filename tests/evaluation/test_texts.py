@@ -9,18 +9,19 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import polars as pl
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from e2p.cli import _kinds, _options
 from e2p.config import EvaluationConfig, NextItemConfig, PlaylistsConfig, RunConfig, TextsConfig
-from e2p.config_io import save_yaml, to_dict
+from e2p.config_io import config_parser, from_dict, from_namespace, save_yaml, to_dict
 from e2p.errors import ConfigError, DataError, MissingExtraError, RunError
 from e2p.evaluation.audit import Scored, audit
 from e2p.evaluation.judge import is_scored, judge, judged_keys, score_seeds, table_keys
@@ -34,6 +35,7 @@ from e2p.training.inputs import RunInputs
 from e2p.training.run import train
 from tiny_run import PROMPTS, inputs_of, tiny_run
 
+KINDS = dict(_kinds(get_type_hints(RunConfig)))
 ARMS = ("none", "prompt", "static", "random", "shuffled", "null", "e2p", "e2p+prompt")
 WORDS = st.text(st.sampled_from("ab fishing é ß 7 _-. \n東京 дом running"), max_size=40)
 
@@ -72,6 +74,7 @@ def by_name(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {one["metric"]["name"]: one["arms"] for one in (results, *results["other_metrics"])}
 
 
+@settings(deadline=None)
 @given(st.one_of(WORDS, st.text()), st.one_of(WORDS, st.text()), st.booleans())
 def test_rouge_is_the_packages_own(reference: str, text: str, stemming: bool) -> None:
     theirs = RougeScorer(list(ROUGE), use_stemmer=stemming).score(reference, text)
@@ -82,6 +85,7 @@ def test_rouge_is_the_packages_own(reference: str, text: str, stemming: bool) ->
 ASCII = st.text(st.characters(min_codepoint=9, max_codepoint=126, exclude_characters="<"), max_size=60)
 
 
+@settings(deadline=None)
 @given(st.one_of(ASCII, st.sampled_from(["The cats ran, running!", ""])), ASCII, st.booleans())
 def test_words_of_any_script_are_the_same_for_ascii(reference: str, text: str, stemming: bool) -> None:
     theirs = RougeScorer(list(ROUGE), use_stemmer=stemming).score(reference, text)
@@ -415,6 +419,14 @@ def test_without_the_package_the_extra_is_named(
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(MissingExtraError, match=r"judging generated texts needs .*pip install 'e2p\[eval\]'"):
         load_texts(TextsConfig(("greedy",)), config.data.examples, loaded[1], 1)
+
+
+@pytest.mark.parametrize("words", [["greedy,sampled"], ["[greedy, sampled]"]], ids=str)
+def test_the_command_line_and_yaml_take_both_ways(words: list[str]) -> None:
+    parser = config_parser()
+    read = from_namespace(parser, parser.parse_args(_options(["--evaluation.texts.generate", *words], KINDS)[0]))
+    assert read.evaluation.texts == TextsConfig(generate=("greedy", "sampled"))
+    assert from_dict(to_dict(read)) == read
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
