@@ -16,6 +16,7 @@ from e2p.errors import ConfigError, DataError
 CLASSIFICATION = {1: "citation identification", 2: "movie tagging", 3: "product rating"}
 PARTS = {"train": "train", "dev": "test"}  # LaMP's part -> ours; validation is drawn from train
 CHUNK = 1 << 20  # characters read at once; the files of one task take gigabytes
+OTHER = re.compile(r"[\W_]+")
 SPACE = re.compile(r"\s*")
 DATE = re.compile(r"\s*\d+(?:[-/T:. ]\d+)*Z?\s*")
 
@@ -232,4 +233,4 @@ def _solid(text: str, start: int) -> int:
 
 def normalised(text: str) -> str:
     """What two spellings of a text share: letters and digits, without case."""
-    return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
+    return OTHER.sub("", unicodedata.normalize("NFKC", text).casefold())
