@@ -25,6 +25,10 @@ class EngineError(E2PError):
     """An engine cannot answer now: it is starting, stopping, or its upstream is away."""
 
 
+class EngineBusyError(EngineError):
+    """As many requests wait as may; the same one may be answered a little later."""
+
+
 class RequestError(E2PError):
     """A request that this engine can never answer: no such adapter, a prompt that is too long, a wrong vector."""
 
@@ -78,7 +82,8 @@ class Request:
         prompt: a text or messages, as training had them.
         personal: whose answer it is to be.
         sampling: how.
-        raw: a text is continued as it stands, without the chat template.
+        raw: a text is continued as it stands, without the chat template, and the continuation keeps its white space;
+            else that at both ends of an answer is left out.
     """
 
     adapter: str
@@ -104,10 +109,13 @@ class Started:
     Args:
         prompt_tokens: its tokens, soft tokens not counted.
         prefix_tokens: soft tokens.
+        revision: of the adapter that answers: it may have been loaded anew since the request came. Empty: as
+            ``adapters()`` said when it was asked for.
     """
 
     prompt_tokens: int
     prefix_tokens: int
+    revision: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ class Delta:
     Args:
         index: which of the n answers.
         text: what is new; may be empty where a character is not whole yet, or a stop text may be beginning.
-        tokens: tokens that it took.
+        tokens: tokens that it took; the end token is none of them.
         logprobs: of these tokens, where they were asked for.
     """
 
@@ -134,7 +142,7 @@ class Finished:
     Args:
         index: which of the n answers.
         reason: ``stop``: an end token or a stop text; ``length``: as long as was allowed.
-        tokens: tokens of the whole answer.
+        tokens: tokens of the whole answer: the sum over its deltas.
     """
 
     index: int
@@ -190,6 +198,7 @@ class Engine(Protocol):
 
         Raises:
             RequestError: before any event; the request can never be answered.
+            EngineBusyError: before any event; too many wait.
             EngineError: the engine is not ready, or fails.
         """
         ...
