@@ -150,7 +150,7 @@ def test_every_task_has_its_own_layout(number: int, made: Entry, said: str, tmp_
     for name in ("train", "dev"):
         path = tmp_path / "lamp" / f"{name}_outputs.json"
         path.write_text(path.read_text(encoding="utf-8").replace(f"LaMP_{number}", f"LaMP_{other}"), encoding="utf-8")
-    said = rf"train_questions.json: question 0 \(id 0\): profile\[0\]: expected abstract|text and .*{lacking}"
+    said = rf"question 0 \(id 0\): profile\[0\]: expected (abstract|text) and title as text, .*{lacking} none"
     with pytest.raises(DataError, match=said):
         lamp.prepare(str(tmp_path / "lamp"), str(tmp_path / "out"), encoder="", overwrite=True)
 

@@ -728,5 +728,5 @@ def test_from_a_strangers_csv_to_a_trained_step(tmp_path: Path) -> None:
     ]
     assert main(words) == 0
     record = json.loads((run / "training.json").read_text(encoding="utf-8"))
-    assert "e2p" in json.dumps(record)
+    assert record["steps"] == 1
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
