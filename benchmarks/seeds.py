@@ -98,10 +98,10 @@ def folders(run: Path) -> list[Path]:
 def shown(results: dict[str, Any]) -> dict[str, Any]:
     """What of an audit the committed file keeps."""
     parts = ("config", "seeds", "metric", "arms", "comparisons", "verdict", "other_metrics", "leaks", "warnings",
-             "samples", "playlists", "next_item", "data")  # fmt: skip
+             "samples", "playlists", "next_item", "texts", "data")  # fmt: skip
     training = {
         arm: {key: value for key, value in record.items() if key not in ("history", "provenance")}
         for arm, record in results["training"].items()
     }
-    found = {name: results[name] for name in parts if results[name] is not None}
+    found = {name: results[name] for name in parts if results.get(name) is not None}
     return found | {"training": training, "provenance": results["provenance"]}

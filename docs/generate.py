@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from news_tables import news_table
 from next_item_tables import next_item_table, sample_speed_table, scale_table
 
 from e2p.cli import COMMANDS, main, usage
@@ -380,6 +381,7 @@ def pages() -> dict[Path, str]:
             music=music_table(),
         ),
         docs / "next_item.md": filled(docs / "next_item.md", next_item=next_item_table(hardware)),
+        docs / "news.md": filled(docs / "news.md", news=news_table(hardware)),
         docs / "speed.md": filled(
             docs / "speed.md",
             speed=speed_table(),

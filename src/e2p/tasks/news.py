@@ -26,7 +26,7 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from e2p.config import DataConfig, EvaluationConfig, ObjectiveConfig, RunConfig
+from e2p.config import DataConfig, EvaluationConfig, ObjectiveConfig, RunConfig, TextsConfig
 from e2p.config_io import save_yaml
 from e2p.data.splits import SPLITS
 from e2p.data.tables import write_embeddings, write_frame
@@ -160,7 +160,7 @@ def recommended(output: str | Path, objective: Objective = "lm") -> RunConfig:
         max_completion_tokens=64,
         profile_template="persona: {profile}",
     )
-    judged = EvaluationConfig(attribute="category")
+    judged = EvaluationConfig(max_new_tokens=32, attribute="category", texts=TextsConfig(generate=("greedy",)))
     return RunConfig(data=data, objective=ObjectiveConfig(name=objective), evaluation=judged, output="runs/news")
 
 
