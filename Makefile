@@ -2,13 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test redis lint format docs clean
 
 demo: .venv/.installed
 	$(BIN)/e2p demo
 
 test: .venv/.installed-dev lint
 	$(BIN)/python -m pytest
+
+# The store's tests start a real Redis where its program is installed, and are skipped elsewhere.
+redis:
+	@command -v redis-server >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends redis-server >/dev/null; } \
+	  || echo "no redis-server: the tests of the store in Redis are skipped; apt-get install redis-server"
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check src tests benchmarks docs examples

@@ -71,7 +71,11 @@ def test_every_command_explains_itself_from_its_docstring(name: str, run: Run) -
     assert function.__doc__
     assert f"usage: e2p {name}" in out
     words = " ".join(out.split())
-    arguments = [line.strip() for line in function.__doc__.partition("Args:")[2].splitlines() if ": " in line]
+    arguments = [
+        line.strip()
+        for line in function.__doc__.partition("Args:")[2].partition("Raises:")[0].splitlines()
+        if ": " in line
+    ]
     said = [line.partition(": ")[2].split(" ", 4)[:4] for line in arguments if not line.startswith("config:")]
     assert said
     assert all(" ".join(start) in words for start in said[:3])

@@ -34,6 +34,11 @@ COMMANDS = {
     "prepare news": Command("e2p.tasks.news", "prepare", "PENS or MIND click histories to headlines and vectors"),
     "embed": Command("e2p.users.extract", "embed", "texts to user vectors"),
     "behaviour": Command("e2p.users.behaviour", "behaviour", "plays, clicks or ratings to user vectors"),
+    "users import": Command("e2p.users.commands", "import_table", "put the vectors of a table into the online store"),
+    "users export": Command("e2p.users.commands", "export_table", "write the online store's vectors as a table"),
+    "users get": Command("e2p.users.commands", "get_users", "show users' vectors: time, version, age, numbers"),
+    "users delete": Command("e2p.users.commands", "delete_users", "remove users' vectors, so that they stay away"),
+    "users stats": Command("e2p.users.commands", "store_stats", "what the online store holds"),
     "adapt": Command("e2p.items.adapt", "adapt", "teach a backbone a catalogue's codes, before phi is trained"),
     "train": Command("e2p.training.run", "train", "learn the projection from your tables"),
     "evaluate": Command("e2p.evaluation.evaluate", "evaluate", "judge runs against their controls"),
@@ -48,6 +53,7 @@ COMMANDS = {
     "bench scale": Command(
         "e2p.bench.scale", "bench", "a large catalogue's trie, and the join of many vectors by time"
     ),
+    "bench store": Command("e2p.bench.store", "bench", "import, reads and writes of the online store at many users"),
 }
 BAD_INPUT = 2
 
@@ -121,13 +127,17 @@ def _parse(prog: str, function: Any, words: list[str]) -> dict[str, Any]:
     else:
         parser = ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
         parser.add_function_arguments(function, as_group=False, as_positional=True)
-        options, others = _options(words, kinds)
         hints, parameters = get_type_hints(function), inspect.signature(function).parameters.values()
-        several = next((p.name for p in parameters if p.default is p.empty and get_origin(hints[p.name]) is list), None)
-        if several:  # the only positional argument: one word or more
-            parser.usage = f"{prog} {several} [{several} ...] [options]"
-            named = [word for word in others if not word.startswith("-")]
-            others = [json.dumps(named)] * bool(named) + [word for word in others if word.startswith("-")]
+        required = [p.name for p in parameters if p.default is p.empty]
+        several = required[-1] if required and get_origin(hints[required[-1]]) is list else ""
+        # After --, words are what they are, also with a dash.
+        end = words.index("--") if several and "--" in words else len(words)
+        options, others = _options(words[:end], kinds)
+        if several:  # the last positional argument: one word or more
+            parser.usage = f"{prog} {' '.join(required)} [{several} ...] [options]"
+            named = [word for word in others if not word.startswith("-")] + words[end + 1 :]
+            first, rest = named[: len(required) - 1], named[len(required) - 1 :]
+            others = [*first, *[json.dumps(rest)] * bool(rest), *(word for word in others if word.startswith("-"))]
         words = others + options
     try:
         namespace = parser.parse_args(words)

@@ -447,7 +447,7 @@ def test_a_record_is_as_documented() -> None:
 
     time = datetime(2024, 5, 1, tzinfo=UTC)
     given = StoredVector("ü" * 300, np.array([1.5, -2.0]), time, "v1")
-    (record,) = encode(VectorBatch.of([given]))
+    _, (record,) = encode(VectorBatch.of([given]))
     micros = int(time.timestamp()) * 1_000_000
     head = struct.pack(">BBHIQ", 1, 1, 2, 2, micros + 2**63)
     body = struct.pack("<ff", 1.5, -2.0) + b"v1" + ("ü" * 300).encode()
@@ -459,7 +459,7 @@ def test_a_record_is_as_documented() -> None:
 
 @pytest.mark.parametrize("at", [0, 3, 5, 10, 17, 21, -1])
 def test_a_damaged_record_is_never_read_as_a_vector(at: int) -> None:
-    (record,) = encode(VectorBatch.of([vector()]))
+    _, (record,) = encode(VectorBatch.of([vector()]))
     broken = bytearray(record)
     broken[at] ^= 0x41
     with pytest.raises(StoreError, match=r"here: .*(is damaged|newer e2p)"):
@@ -470,7 +470,7 @@ def test_a_damaged_record_is_never_read_as_a_vector(at: int) -> None:
 
 
 def test_a_record_of_a_newer_format_is_refused() -> None:
-    (record,) = encode(VectorBatch.of([vector()]))
+    _, (record,) = encode(VectorBatch.of([vector()]))
     with pytest.raises(
         StoreError, match="here: expected format 1, found 2: written by a newer e2p; pip install -U e2p"
     ):

@@ -30,11 +30,10 @@ class Environment:
     def __init__(self, folder: Path, durable: bool) -> None:
         self.folder, self.durable, self.pid, self.holders = folder, durable, os.getpid(), 0
         self._active, self._gate = 0, threading.Condition()
-        size = _size(folder)
         with self.faults("opened"):
             self.env = lmdb.open(
                 str(folder),
-                map_size=max(MAP_BYTES, 2 * size),
+                map_size=max(MAP_BYTES, 2 * _size(folder)),
                 max_dbs=len(DATABASES),
                 max_readers=_READERS,
                 sync=durable,
@@ -42,10 +41,7 @@ class Environment:
                 meminit=False,
             )
         try:
-            with self.faults("read"):
-                self.env.reader_check()  # forgets readers that were killed, whose pages could not be used again
-                self._require_whole(size)
-                self.databases = self._databases()
+            self.databases = self._first_look()
         except BaseException:
             self.env.close()
             raise
@@ -116,13 +112,26 @@ class Environment:
                 with self.faults("enlarged"):
                     self.env.set_mapsize(size)
 
-    def _require_whole(self, size: int) -> None:
+    def _first_look(self) -> dict[str, lmdb._Database]:
+        while True:
+            size = self.env.info()["map_size"]
+            try:
+                with self.faults("read"):
+                    self.env.reader_check()  # forgets readers that were killed, whose pages could not be used again
+                    self._require_whole()
+                    return self._databases()
+            except lmdb.MapResizedError:  # in this very moment
+                self._resize(0, 0)
+            except lmdb.MapFullError:
+                self._resize(2 * size, size)
+
+    def _require_whole(self) -> None:
         """A file that was cut short would end the process where a page is missing, so it is looked through first.
 
         Its last pages may be missing rightly, if they were taken and freed in one transaction.
         """
         needed = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
-        if not size or size >= needed or not hasattr(os, "posix_fallocate"):
+        if _size(self.folder) >= needed or not hasattr(os, "posix_fallocate"):
             return
         with open(self.folder / "data.mdb", "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, needed)  # zeros where pages are missing; never changes what is there
@@ -158,9 +167,7 @@ def acquire(folder: Path, *, create: bool, durable: bool) -> Environment:
     files = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     if "data.mdb" not in files:
         if not create:
-            raise StoreError(
-                f"{folder}: no store of user vectors is there; make one by e2p users import TABLE {folder}"
-            )
+            raise StoreError(f"{folder}: no store of user vectors is there; e2p users import TABLE {folder} makes one")
         if files - {"lock.mdb"} or (folder.exists() and not folder.is_dir()):
             found = min(files) if files else "a file"
             raise StoreError(f"{folder}: expected a store or an empty folder, found {found}; name another folder")

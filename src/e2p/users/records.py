@@ -103,8 +103,7 @@ class VectorBatch:
         if not rows == shape[0] == len(self.timestamps) == len(self.versions):
             given = (rows, shape[0], len(self.timestamps), len(self.versions))
             raise DataError(f"expected as many users as embeddings, timestamps and versions, got {given}")
-        for user_id in self.user_ids:
-            utf8(user_id)
+        _check_ids(self.user_ids)
         if not np.isfinite(self.embeddings).all():
             row = int(np.isfinite(self.embeddings).all(1).argmin())
             raise _not_finite(self.user_ids[row], self.embeddings[row])
@@ -164,21 +163,27 @@ def decide(old: bytes | None, new: bytes, deleted: bytes | None) -> Outcome:
     return "deleted" if deleted is not None and deleted >= new[TIMESTAMP] else "stored"
 
 
-def encode(batch: VectorBatch) -> list[bytes]:
-    """The record of every row."""
+def encode(batch: VectorBatch) -> tuple[list[bytes], list[bytes]]:
+    """The key and the record of every row. An import is mostly this: what can be, is done for all rows at once."""
     names = {version: version.encode() for version in set(batch.versions)}
-    numbers, width = memoryview(np.ascontiguousarray(batch.embeddings, dtype="<f4").tobytes()), 4 * batch.dim
-    rows = []
-    for at, (user_id, time, version) in enumerate(
-        zip(batch.user_ids, batch.timestamps.tolist(), batch.versions, strict=True)
-    ):
-        name, flags = names[version], 0
-        body = bytes(numbers[at * width : (at + 1) * width]) + name
-        if len(whole := user_id.encode()) > _KEY_BYTES:
-            flags, body = _HAS_ID, body + whole
-        head = _HEAD.pack(FORMAT, flags, len(name), batch.dim, time + _OFFSET)
-        rows.append(head + _CRC.pack(zlib.crc32(body, zlib.crc32(head))) + body)
-    return rows
+    keys = [user_id.encode() for user_id in batch.user_ids]
+    heads = np.empty(
+        len(batch), dtype=[("format", "u1"), ("flags", "u1"), ("named", ">u2"), ("dim", ">u4"), ("time", ">u8")]
+    )
+    heads["format"], heads["dim"] = FORMAT, batch.dim
+    heads["flags"] = [_HAS_ID * (len(key) > _KEY_BYTES) for key in keys]
+    heads["named"] = [len(names[version]) for version in batch.versions]
+    heads["time"] = batch.timestamps.astype(np.uint64) + np.uint64(_OFFSET)  # a time before 1970 wraps, and back again
+    heads_bytes, size = heads.tobytes(), _HEAD.size
+    numbers, width = np.ascontiguousarray(batch.embeddings, dtype="<f4").tobytes(), 4 * batch.dim
+    records, crc32, pack = [], zlib.crc32, _CRC.pack
+    for at, (key, version) in enumerate(zip(keys, batch.versions, strict=True)):
+        head = heads_bytes[at * size : at * size + size]
+        body = numbers[at * width : at * width + width] + names[version]
+        if len(key) > _KEY_BYTES:
+            body, keys[at] = body + key, key_of(batch.user_ids[at])
+        records.append(head + pack(crc32(body, crc32(head))) + body)
+    return keys, records
 
 
 def decode(record: bytes, key: bytes, where: str) -> StoredVector:
@@ -196,9 +201,7 @@ def decode(record: bytes, key: bytes, where: str) -> StoredVector:
         embedding = np.frombuffer(body, dtype="<f4", count=dim)
         return StoredVector(user_id, embedding, from_microseconds(time - _OFFSET), texts[:named].decode())
     except (struct.error, ValueError, OverflowError, DataError):
-        raise StoreError(
-            f"{where}: the record of {key!r:.80} is damaged; put or import the user's vector again"
-        ) from None
+        raise StoreError(f"{where}: the record of {key[:60]!r} is damaged; put the user's vector again") from None
 
 
 def decode_all(keys: Sequence[bytes], records: Sequence[bytes | None], where: str) -> list[StoredVector | None]:
@@ -263,6 +266,18 @@ def wrong_dim(expected: int, got: int) -> str:
 
 def newer_format(where: str, found: Any) -> StoreError:
     return StoreError(f"{where}: expected format {FORMAT}, found {found}: written by a newer e2p; pip install -U e2p")
+
+
+def _check_ids(user_ids: Sequence[str]) -> None:
+    """As :func:`utf8` of each, in less time where all are well."""
+    try:
+        "".join(user_ids).encode()
+        well = all(map(str.strip, user_ids))
+    except (TypeError, UnicodeEncodeError):
+        well = False
+    if not well:
+        for user_id in user_ids:
+            utf8(user_id)
 
 
 def _check_version(user_id: str, version: str) -> None:

@@ -76,7 +76,9 @@ class LmdbStore(VectorStore):
 
     def put_many(self, batch: VectorBatch) -> PutCounts:
         # In the order of keys, each page of the tree is written once. Rows of one user stay in their order.
-        rows = sorted(zip(map(key_of, batch.user_ids), encode(batch), strict=True), key=lambda row: row[0])
+        keys, records = encode(batch)
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        rows = [(keys[at], records[at]) for at in order]
         return self._open().write(lambda txn: self._put(txn, rows, batch.dim)) if rows else PutCounts()
 
     def delete(self, user_id: str, *, forget: bool = False) -> bool:
@@ -123,7 +125,6 @@ class LmdbStore(VectorStore):
         old: dict[bytes, bytes] = dict(txn.cursor(names["vectors"]).getmulti([key for key, _ in rows]))
         marked = txn.stat(names["deleted"])["entries"] > 0
         counts: Counter[Outcome] = Counter()
-        versions: Counter[bytes] = Counter()
         new: dict[bytes, bytes] = {}
         for key, record in rows:
             before = new.get(key) or old.get(key)
@@ -132,13 +133,12 @@ class LmdbStore(VectorStore):
             counts[outcome] += 1
             if outcome == "stored":
                 new[key] = record
-                versions[version_of(record)] += 1
-                if before is not None:
-                    versions[version_of(before)] -= 1
                 if mark is not None:
                     txn.delete(mark_of(key), db=names["deleted"])
         if new:
             txn.cursor(names["vectors"]).putmulti(new.items())
+            versions = Counter(map(version_of, new.values()))
+            versions.subtract(version_of(old[key]) for key in old.keys() & new)
             self._count_versions(txn, versions)
             if held is None:
                 txn.put(b"dim", b"%d" % dim, db=names["about"])

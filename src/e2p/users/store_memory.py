@@ -61,14 +61,13 @@ class MemoryStore(VectorStore):
         return next(name for name in OUTCOMES if getattr(counts, name))
 
     def put_many(self, batch: VectorBatch) -> PutCounts:
-        rows = encode(batch)
+        rows = list(zip(*encode(batch), strict=True))
         self._require_open()
         counts: Counter[Outcome] = Counter()
         with self._lock:
             if rows and self._dim not in (None, batch.dim):
                 raise DataError(f"{self.address}: {wrong_dim(self._dim or 0, batch.dim)}")
-            for user_id, record in zip(batch.user_ids, rows, strict=True):
-                key = key_of(user_id)
+            for key, record in rows:
                 outcome = decide(self._records.get(key), record, self._deleted.get(mark_of(key)))
                 counts[outcome] += 1
                 if outcome == "stored":

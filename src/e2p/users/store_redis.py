@@ -170,8 +170,8 @@ class RedisStore(VectorStore):
 
     def put_many(self, batch: VectorBatch) -> PutCounts:
         """As the protocol says, except that the rows are kept or not in pieces of 256, and not all or none."""
-        keys = [key_of(user_id) for user_id in batch.user_ids]
-        rows = list(zip(keys, map(mark_of, keys), encode(batch), strict=True))
+        keys, records = encode(batch)
+        rows = list(zip(keys, map(mark_of, keys), records, strict=True))
         pieces = [rows[start : start + _PIECE] for start in range(0, len(rows), _PIECE)]
         with self._faults(), self._redis.pipeline(transaction=False) as pipeline:
             for piece in pieces:
