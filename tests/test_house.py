@@ -20,6 +20,7 @@ ORDER = (
     "config_evaluation",
     "config",
     "config_io",
+    "config_serving",
     "provenance",
     "device",
     "data",
@@ -35,6 +36,8 @@ ORDER = (
 )
 EXTRAS = ("scipy", "sklearn", "matplotlib", "implicit", "rapidfuzz", "torch_geometric", "sentence_transformers")
 EXTRAS += ("peft", "trl", "datasets", "tensorboard", "faiss", "redis", "rouge_score", "nltk")
+EXTRAS += ("fastapi", "starlette", "uvicorn", "prometheus_client", "orjson")
+BEHIND = "e2p.serving.http"  # the one room that an extra opens; without it, it says which
 HEAVY = ("torch", "transformers", "polars", "numpy", "pyarrow", "rich", "jinja2", "accelerate")
 
 
@@ -150,8 +153,14 @@ from importlib import import_module
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = classmethod(lambda _, name, *rest: None if name.split(".")[0] in {EXTRAS} else find(name, *rest))
+from e2p.errors import MissingExtraError
 for name in {modules}:
-    import_module(name)
+    try:
+        import_module(name)
+    except MissingExtraError as error:
+        assert name.startswith("{BEHIND}") and "pip install 'e2p[serve]'" in str(error), name
+    else:
+        assert not name.startswith("{BEHIND}"), name
 assert not set(sys.modules) & set({EXTRAS})
 """
     python(code)

@@ -44,7 +44,7 @@ def from_namespace(parser: Any, namespace: Any) -> RunConfig:
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Build a run's settings from plain values; unknown keys and wrong types raise ConfigError with their name."""
-    _refuse_nothing(RunConfig, values)
+    refuse_nothing(RunConfig, values)
     parser = config_parser()
     try:
         return from_namespace(parser, parser.parse_object(dict(values)))
@@ -54,13 +54,13 @@ def from_dict(values: Mapping[str, Any]) -> RunConfig:
         raise ConfigError(" ".join(str(error).split())) from None
 
 
-def _refuse_nothing(kind: type, values: Mapping[str, Any], above: str = "") -> None:
+def refuse_nothing(kind: type, values: Mapping[str, Any], above: str = "") -> None:
     """A setting that is named and left empty is a slip, where nothing is no value: the parser lets it pass."""
     for name, hint in get_type_hints(kind).items():
         if name not in values:
             continue
         if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(values[name], Mapping):
-            _refuse_nothing(hint, values[name], f"{above}{name}.")
+            refuse_nothing(hint, values[name], f"{above}{name}.")
         elif values[name] is None and type(None) not in get_args(hint):
             raise ConfigError(f"{above}{name}: expected a value, got nothing; fill it or leave the line out")
 

@@ -1,0 +1,141 @@
+"""One request in work: a place in the queue, whose answer it is, the engine's events; cancelled when nobody listens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from starlette.responses import StreamingResponse
+
+from e2p.errors import E2PError
+from e2p.serving.engine import Engine, EngineBusyError, EngineError, Event, Request, RequestError, Started
+from e2p.serving.http.errors import ApiError
+from e2p.serving.http.limits import Queue, timed_out, while_listening
+from e2p.serving.http.people import Person
+from e2p.serving.http.telemetry import Record
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+_AHEAD = 256  # events that an engine may be ahead of a client that reads slowly
+
+
+class Answer:
+    """Events of one request, made by one task from start to end.
+
+    The vector is looked up when the place in the queue is had and not before: waiting does not age it.
+
+    Args:
+        engine: who answers.
+        places: the queue.
+        prepare: finds whose answer it is and makes the engine's request.
+        seconds: for everything, from now on.
+    """
+
+    def __init__(
+        self, engine: Engine, places: Queue, prepare: Callable[[], Awaitable[tuple[Person, Request]]], seconds: float
+    ) -> None:
+        self._engine, self._places, self._prepare, self._seconds = engine, places, prepare, seconds
+        self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue(_AHEAD)
+        self._person: Person | None = None
+        self._task = asyncio.create_task(self._run())
+
+    @property
+    def person(self) -> Person:
+        """Whose answer it is; known when the first event has come."""
+        assert self._person is not None
+        return self._person
+
+    async def first(self) -> Started:
+        """The start. Raises ApiError."""
+        event = await self._next()
+        assert isinstance(event, Started)
+        if event.revision and self._person is not None:
+            adapter = replace(self._person.adapter, revision=event.revision)
+            self._person = replace(self._person, adapter=adapter)
+        return event
+
+    async def rest(self) -> AsyncGenerator[Event, None]:
+        """All events after the start. Raises ApiError."""
+        while (event := await self._next()) is not None:
+            yield event
+
+    async def close(self) -> None:
+        """End the work, if it goes on."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _next(self) -> Event | None:
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    async def _run(self) -> None:
+        ending: Exception | None = None
+        try:
+            async with asyncio.timeout(self._seconds), self._places.place():
+                self._person, request = await self._prepare()
+                async with aclosing(self._engine.generate(request)) as events:
+                    async for event in events:
+                        await self._events.put(event)
+        except TimeoutError:
+            ending = timed_out(self._seconds)
+        except Exception as error:
+            ending = as_api_error(error)
+        await self._events.put(ending)
+
+
+def as_api_error(error: Exception) -> Exception:
+    """What a client is told of an engine's error; what was not foreseen stays as it is."""
+    if isinstance(error, RequestError):
+        return ApiError(400, "invalid_request", str(error))
+    if isinstance(error, EngineBusyError):
+        return ApiError(429, "queue_full", str(error), headers={"Retry-After": "1"})
+    if isinstance(error, EngineError):
+        return ApiError(503, "engine_unavailable", str(error), headers={"Retry-After": "1"})
+    if isinstance(error, E2PError) and not isinstance(error, ApiError):
+        return ApiError(503, "unavailable", "this cannot be served now; the operator's log says why")
+    return error
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that stop the work behind them as soon as the client is gone.
+
+    Args:
+        frames: what is sent.
+        close: ends the work.
+        record: told when the client goes away.
+        seconds: for the whole response, so that a client that does not read is not waited for.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes, None],
+        close: Callable[[], Awaitable[None]],
+        record: Record,
+        seconds: float,
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(frames, media_type="text/event-stream", headers={"cache-control": "no-store", **headers})
+        self._frames, self._close, self._record, self._seconds = frames, close, record, seconds
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            async with asyncio.timeout(self._seconds):
+                await while_listening(receive, self._pump(send))
+        except ApiError as error:
+            self._record.facts["error"] = error.code
+        except TimeoutError:
+            self._record.facts["error"] = "deadline"
+        finally:
+            await self._frames.aclose()
+            await self._close()
+
+    async def _pump(self, send: Any) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for frame in self._frames:
+            await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

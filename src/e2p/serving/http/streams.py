@@ -1,0 +1,168 @@
+"""An engine's events as OpenAI's responses: whole, or as server-sent events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from e2p.serving.engine import Delta, Event, Finished, Started, TokenLogprob
+from e2p.serving.http.errors import ApiError
+from e2p.serving.http.people import Person
+
+DONE = b"data: [DONE]\n\n"
+_LEAST = -9999.0  # what OpenAI writes for a token that cannot come; JSON has no infinity
+
+
+@dataclass(eq=False)
+class Reply:
+    """What all parts of one response share.
+
+    Args:
+        chat: of chat completions, or of completions.
+        model: as the client called it.
+        n: answers.
+        logprobs: whether they were asked for.
+        include_usage: whether a stream ends with the tokens used.
+        person: whose answer it is.
+        started: what the engine said first.
+    """
+
+    chat: bool
+    model: str
+    n: int
+    logprobs: bool
+    include_usage: bool
+    person: Person
+    started: Started
+    written: int = 0
+    first_token: float | None = None
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens. Soft tokens are not counted: no text stands for them."""
+        read = self.started.prompt_tokens
+        return {"prompt_tokens": read, "completion_tokens": self.written, "total_tokens": read + self.written}
+
+    def head(self, chunk: bool) -> dict[str, Any]:
+        """What stands in a response beside its choices."""
+        if self.chat:
+            name, kind = f"chatcmpl-{self.name}", "chat.completion.chunk" if chunk else "chat.completion"
+        else:
+            name, kind = f"cmpl-{self.name}", "text_completion"
+        return {
+            "id": name,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.person.adapter.revision,
+        }
+
+    def seen(self, event: Event) -> None:
+        """Count an event."""
+        if isinstance(event, Delta) and self.first_token is None:
+            self.first_token = time.perf_counter()
+        if isinstance(event, Finished):
+            self.written += event.tokens
+
+
+async def whole(reply: Reply, events: AsyncGenerator[Event, None]) -> dict[str, Any]:
+    """The response that is not streamed."""
+    texts, reasons = [""] * reply.n, ["stop"] * reply.n
+    tokens: list[list[TokenLogprob]] = [[] for _ in range(reply.n)]
+    async for event in events:
+        reply.seen(event)
+        if isinstance(event, Delta):
+            texts[event.index] += event.text
+            tokens[event.index] += event.logprobs
+        elif isinstance(event, Finished):
+            reasons[event.index] = event.reason
+    choices = []
+    for index, text in enumerate(texts):
+        choice: dict[str, Any] = {"index": index, "finish_reason": reasons[index], "logprobs": None}
+        if reply.chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        if reply.logprobs:
+            choice["logprobs"] = _chat_logprobs(tokens[index]) if reply.chat else _text_logprobs(tokens[index], 0)
+        choices.append(choice)
+    return {**reply.head(chunk=False), "choices": choices, "usage": reply.usage(), "e2p": reply.person.told()}
+
+
+async def frames(
+    reply: Reply, events: AsyncGenerator[Event, None], failed: Callable[[Exception], None]
+) -> AsyncGenerator[bytes, None]:
+    """The response as server-sent events. An error after the start is the last, without [DONE]; ``failed`` hears it."""
+    offsets = [0] * reply.n
+    for index in range(reply.n if reply.chat else 1):
+        chunk = _chunk(reply, index, "", role=True)
+        yield _frame(chunk if index else {**chunk, "e2p": reply.person.told()})
+    try:
+        async for event in events:
+            reply.seen(event)
+            if isinstance(event, Delta) and (event.text or event.logprobs):
+                logprobs = None
+                if reply.logprobs:
+                    at, tokens = offsets[event.index], event.logprobs
+                    logprobs = _chat_logprobs(tokens) if reply.chat else _text_logprobs(tokens, at)
+                    offsets[event.index] += sum(len(token.token) for token in tokens)
+                yield _frame(_chunk(reply, event.index, event.text, logprobs=logprobs))
+            elif isinstance(event, Finished):
+                yield _frame(_chunk(reply, event.index, "", reason=event.reason))
+    except Exception as error:
+        failed(error)
+        broken = ApiError(500, "internal_error", "something broke here; the operator's log says where")
+        yield _frame((error if isinstance(error, ApiError) else broken).body())
+        return
+    if reply.include_usage:
+        yield _frame({**reply.head(chunk=True), "choices": [], "usage": reply.usage()})
+    yield DONE
+
+
+def _chunk(
+    reply: Reply,
+    index: int,
+    text: str,
+    role: bool = False,
+    reason: str | None = None,
+    logprobs: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": logprobs}
+    if reply.chat:
+        choice["delta"] = {"role": "assistant", "content": ""} if role else {} if reason else {"content": text}
+    else:
+        choice["text"] = text
+    usage = {"usage": None} if reply.include_usage else {}
+    return {**reply.head(chunk=True), "choices": [choice], **usage}
+
+
+def _frame(value: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def _chat_logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
+    def one(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": max(logprob, _LEAST), "bytes": list(token.encode())}
+
+    rows = [{**one(t.token, t.logprob), "top_logprobs": [one(*pair) for pair in t.top]} for t in tokens]
+    return {"content": rows, "refusal": None}
+
+
+def _text_logprobs(tokens: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
+    rows = list(tokens)
+    offsets = []
+    for token in rows:
+        offsets.append(offset)
+        offset += len(token.token)
+    return {
+        "tokens": [t.token for t in rows],
+        "token_logprobs": [max(t.logprob, _LEAST) for t in rows],
+        "top_logprobs": [{name: max(value, _LEAST) for name, value in t.top} for t in rows],
+        "text_offset": offsets,
+    }
