@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from e2p.config import RunConfig
 from e2p.config_io import PRESETS, config_parser, from_namespace, load_yaml, preset_path
+from e2p.config_serving import ServingConfig, serving_from_namespace, serving_parser, serving_values
 from e2p.errors import ConfigError, E2PError
 
 
@@ -44,6 +45,7 @@ COMMANDS = {
     "evaluate": Command("e2p.evaluation.evaluate", "evaluate", "judge runs against their controls"),
     "report": Command("e2p.evaluation.report", "report", "write a run's report again; loads no model"),
     "sweep": Command("e2p.evaluation.sweep", "sweep", "train and judge many settings, one at a time"),
+    "serve": Command("e2p.serving.serve", "serve", "answer by OpenAI's API, personal by user id"),
     "generate": Command("e2p.model.answer", "generate", "answer a prompt for a user"),
     "recommend": Command("e2p.items.recommend", "recommend", "next items for users, by codes"),
     "bench train": Command("e2p.bench.train", "bench", "training speed and memory against PEFT prompt tuning"),
@@ -118,8 +120,15 @@ def _parse(prog: str, function: Any, words: list[str]) -> dict[str, Any]:
     from jsonargparse import ArgumentError, ArgumentParser
 
     kinds = dict(_kinds(get_type_hints(function)))
-    takes_config = kinds.pop("config", None) is not None
-    if takes_config:
+    settings = kinds.pop("config", None)
+    takes_config = settings is not None
+    if settings is ServingConfig:
+        kinds |= dict(_kinds(get_type_hints(ServingConfig)))
+        parser = serving_parser(prog)
+        parser.add_function_arguments(function, skip={"config"}, as_group=False)
+        parser.usage = f"{prog} [RUN or ADAPTER] [serving.yaml] [options]"
+        words = _serving_words(parser, *_options(words, kinds))
+    elif takes_config:
         kinds |= dict(_kinds(get_type_hints(RunConfig)))
         parser = config_parser(prog)
         parser.add_function_arguments(function, skip={"config"}, as_group=False)
@@ -146,7 +155,8 @@ def _parse(prog: str, function: Any, words: list[str]) -> dict[str, Any]:
         raise ConfigError(" ".join(str(error).split())) from None
     values = {name: namespace[name] for name in inspect.signature(function).parameters if name != "config"}
     if takes_config:
-        values["config"] = from_namespace(parser, namespace)
+        read = serving_from_namespace if settings is ServingConfig else from_namespace
+        values["config"] = read(parser, namespace)
     return values
 
 
@@ -190,6 +200,21 @@ def _options(words: list[str], kinds: Mapping[str, Any]) -> tuple[list[str], lis
             value = f"[{value}]"  # numbers: 42,43
         options.append(f"{name}={value}")
     return options, others
+
+
+def _serving_words(parser: Any, options: list[str], others: list[str]) -> list[str]:
+    """A server's words: YAMLs become defaults, which single settings override; another word is the run."""
+    flags = []
+    for word in others:
+        if word.startswith("-"):
+            flags.append(word)
+        elif word.endswith((".yaml", ".yml")):
+            for name, value in serving_values(word).items():
+                inner = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {}
+                parser.set_defaults(inner or {name: value})
+        else:
+            flags.append(f"--run={word}")
+    return flags + options
 
 
 def _configs_first(options: list[str], others: list[str]) -> list[str]:
