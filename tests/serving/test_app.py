@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from e2p.config_serving import LimitsConfig
+from e2p.errors import BackboneError
 from e2p.serving.engine import (
     AdapterInfo,
     Delta,
@@ -384,6 +385,7 @@ def test_a_wrong_value_is_not_repeated(server: Server) -> None:
         (EngineBusyError("too many wait"), (429, "queue_full")),
         (EngineError("the model is away"), (503, "engine_unavailable")),
         (ZeroDivisionError("sentinel-1"), (500, "internal_error")),
+        (BackboneError("sentinel-1"), (500, "internal_error")),
     ],
 )
 def test_what_an_engine_raises(error: Exception, expected: tuple[int, str], server: Server) -> None:

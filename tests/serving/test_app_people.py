@@ -135,6 +135,11 @@ def test_a_blank_user_is_none(server: Server) -> None:
         assert error_of(server.http.delete(f"/v1/users/{path}/embedding"))[:2] == (400, "invalid_value")
 
 
+def test_what_only_a_store_calls_blank(server: Server) -> None:
+    assert error_of(server.chat(user="\x1c")) == (400, "invalid_value", "user")
+    assert error_of(server.put("%1C"))[:2] == (400, "invalid_value")
+
+
 def test_the_first_vector_cannot_give_the_store_a_dimension_that_no_adapter_takes() -> None:
     with serving() as server:
         assert error_of(server.put("u1", (1, 2))) == (400, "wrong_dimension", "embedding")

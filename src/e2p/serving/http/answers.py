@@ -10,7 +10,6 @@ from typing import Any
 
 from starlette.responses import StreamingResponse
 
-from e2p.errors import E2PError
 from e2p.serving.engine import Engine, EngineBusyError, EngineError, Event, Request, RequestError, Started
 from e2p.serving.http.errors import ApiError
 from e2p.serving.http.limits import Queue, timed_out, while_listening
@@ -95,8 +94,6 @@ def as_api_error(error: Exception) -> Exception:
         return ApiError(429, "queue_full", str(error), headers={"Retry-After": "1"})
     if isinstance(error, EngineError):
         return ApiError(503, "engine_unavailable", str(error), headers={"Retry-After": "1"})
-    if isinstance(error, E2PError) and not isinstance(error, ApiError):
-        return ApiError(503, "unavailable", "this cannot be served now; the operator's log says why")
     return error
 
 

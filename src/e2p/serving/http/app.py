@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from e2p.config_serving import ServingConfig
 from e2p.errors import E2PError
@@ -87,6 +87,7 @@ def allowed(scope: str | None) -> Callable[[Request], Awaitable[Key]]:
     return check
 
 
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 Generates = Annotated[Key, Depends(allowed("generate"))]
 Reads = Annotated[Key, Depends(allowed("users:read"))]
 Writes = Annotated[Key, Depends(allowed("users:write"))]
@@ -97,7 +98,9 @@ Holds = Annotated[Key, Depends(allowed(None))]
 # ---------------------------------------------------------------- OpenAI's
 
 
-@router.post("/v1/chat/completions", openapi_extra=json_body(ChatRequest), responses=errors(400, 404, 413, 429))
+@router.post(
+    "/v1/chat/completions", openapi_extra=json_body(ChatRequest), responses=STREAM | errors(400, 404, 413, 429)
+)
 async def chat(request: Request, key: Generates) -> Response:
     """Answer messages."""
     service = service_of(request)
@@ -105,7 +108,9 @@ async def chat(request: Request, key: Generates) -> Response:
     return await service.answer(request, record_of(request), key, asked)
 
 
-@router.post("/v1/completions", openapi_extra=json_body(CompletionRequest), responses=errors(400, 404, 413, 429))
+@router.post(
+    "/v1/completions", openapi_extra=json_body(CompletionRequest), responses=STREAM | errors(400, 404, 413, 429)
+)
 async def completions(request: Request, key: Generates) -> Response:
     """Continue a text as it stands."""
     service = service_of(request)
@@ -229,7 +234,7 @@ async def readyz(request: Request) -> Response:
     return JSON({"status": "ready"})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request, key: Measures) -> Response:
     """For Prometheus."""
     service = service_of(request)

@@ -12,7 +12,7 @@ import anyio
 import numpy as np
 
 from e2p.config_serving import PoliciesConfig
-from e2p.errors import StoreError
+from e2p.errors import DataError, StoreError
 from e2p.serving.engine import AdapterInfo, Personal
 from e2p.serving.http.errors import ApiError
 from e2p.serving.http.schemas import Personalisation
@@ -142,6 +142,8 @@ class People:
         except StoreError:
             self.seen("error", None)
             return self._policy("store_unavailable", rules.store_unavailable, adapter)
+        except DataError as error:
+            raise ApiError(400, "invalid_value", f"user: {error}", "user") from None
         if found is None:
             self.seen("unknown", None)
             return self._policy("unknown_user", rules.unknown_user, adapter)
