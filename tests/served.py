@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from e2p.config_serving import LimitsConfig, PoliciesConfig, ServingConfig
 from e2p.serving.fake_engine import FakeEngine
 from e2p.serving.http.app import create_app
 from e2p.serving.http.auth import Key, digest_of
+from e2p.serving.serve import listen
 from e2p.users.store import StoredVector, VectorStore, open_store
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -74,7 +74,7 @@ def serving(
     kept = open_store(store) if isinstance(store, str) else store
     config = ServingConfig(limits=limits or LimitsConfig(), policies=policies or PoliciesConfig(), **settings)
     app = create_app(engine, kept, config, keys)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listen("127.0.0.1", 0) as listener:
         base = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = uvicorn.Server(
             uvicorn.Config(app, access_log=False, log_config=None, timeout_graceful_shutdown=5, ws="none")
