@@ -622,6 +622,28 @@ def test_logits_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
     asyncio.run(play())
 
 
+def test_a_user_whose_numbers_overflow_harms_nobody(models: dict[str, E2PModel], folders: dict[str, Path]) -> None:
+    """His soft tokens are no numbers; whoever is beside him, and whoever gets his row later, is answered as ever."""
+    huge = np.full(4, 3e38, np.float32)
+    assert not model_is_finite(models["late"], huge)
+    good = [asked("late", prompt, user, max_tokens=12) for prompt in PROMPTS for user in USERS[:2]]
+
+    async def play() -> tuple[list[Any], list[Any]]:
+        async with engine_on(models["late"].backbone, folders, rows=3) as engine:
+            mixed = [request for one in good for request in (one, asked("late", PROMPTS[3], huge))]
+            both = await asyncio.gather(*(answered(engine, request) for request in mixed), return_exceptions=True)
+            return both[::2], both[1::2]
+
+    answers, refused = asyncio.run(play())
+    assert [found.text for found in answers] == [alone(models["late"], request) for request in good]
+    assert all(isinstance(found, EngineError) and "not numbers" in str(found) for found in refused)
+
+
+def model_is_finite(model: E2PModel, vector: np.ndarray) -> bool:
+    with torch.no_grad():
+        return bool(torch.isfinite(model.prefix(vector[None], 1)).all())
+
+
 def with_nan() -> np.ndarray:
     vector = USERS[0].copy()
     vector[1] = np.nan
