@@ -23,7 +23,6 @@ ARMS = {
 SHOWN = {"auc": "AUC", "nats_per_token": "nats per token", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2",
          "rougeL": "ROUGE-L", "rougeL_sampled": "ROUGE-L of draws"}  # fmt: skip
 TESTED = ("true minus random", "true minus static", "true minus shuffled", "true minus none", "e2p+prompt minus prompt")
-VECTORS = {"clicks": "vectors of clicks", "headlines": "vectors of headlines"}
 
 
 def news_table(hardware: Callable[[dict[str, Any]], str]) -> str:
@@ -31,13 +30,12 @@ def news_table(hardware: Callable[[dict[str, Any]], str]) -> str:
     if not FILE.exists():
         return ""
     content = json.loads(FILE.read_text(encoding="utf-8"))
-    parts = [_counts(content["counts"]["clicks"])]
+    parts = [_counts(content["counts"]["both"])]
     for name, whole in content["experiments"].items():
-        vectors, objective = name.split("-")
         metrics = {one["metric"]["name"]: one for one in (whole, *whole["other_metrics"])}
         asked = {what: metrics[what]["comparisons"][0] for what in ("auc", "rougeL")}
         lines = [
-            f"### `{objective}`, {VECTORS[vectors]}",
+            f"### `{name.split('-')[1]}`",
             "",
             f"| arm | {' | '.join(SHOWN.values())} | copied | words |",
         ]
