@@ -119,23 +119,26 @@ def test_metrics_count_what_happens() -> None:
         server.chat(e2p={"arm": "none"})
         server.chat(model="other")
         server.http.get("/nowhere")
+        server.engine.queue(Failure(EngineError("away"), after=2))
+        server.chat(stream=True)  # two more tokens, though the answer has no end
         text = server.http.get("/metrics").text
     assert server.http.headers["accept"]
     for line in (
-        'e2p_requests_total{method="POST",route="/v1/chat/completions",status="200"} 3.0',
+        'e2p_requests_total{method="POST",route="/v1/chat/completions",status="200"} 4.0',
         'e2p_requests_total{method="POST",route="/v1/chat/completions",status="404"} 1.0',
         'e2p_requests_total{method="PUT",route="/v1/users/{user_id}/embedding",status="200"} 1.0',
         'e2p_requests_total{method="GET",route="none",status="404"} 1.0',
         'e2p_answers_total{adapter="taste",arm="e2p",reason=""} 1.0',
         'e2p_answers_total{adapter="taste",arm="null",reason="unknown_user"} 1.0',
+        'e2p_answers_total{adapter="taste",arm="null",reason="no_user"} 1.0',
         'e2p_answers_total{adapter="taste",arm="none",reason="asked"} 1.0',
-        'e2p_tokens_total{adapter="taste",kind="prompt"} 3.0',
-        'e2p_tokens_total{adapter="taste",kind="completion"} 13.0',
+        'e2p_tokens_total{adapter="taste",kind="prompt"} 4.0',
+        'e2p_tokens_total{adapter="taste",kind="completion"} 15.0',
         'e2p_lookups_total{outcome="found"} 1.0',
         'e2p_lookups_total{outcome="unknown"} 1.0',
         'e2p_vectors_total{outcome="stored"} 1.0',
         "e2p_vector_age_seconds_count 1.0",
-        'e2p_first_token_seconds_count{adapter="taste"} 3.0',
+        'e2p_first_token_seconds_count{adapter="taste"} 4.0',
         'e2p_engine{figure="ready"} 1.0',
         "e2p_running 0.0",
         "e2p_waiting 0.0",

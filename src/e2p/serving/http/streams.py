@@ -65,10 +65,9 @@ class Reply:
 
     def seen(self, event: Event) -> None:
         """Count an event."""
-        if isinstance(event, Delta) and self.first_token is None:
-            self.first_token = time.perf_counter()
-        if isinstance(event, Finished):
-            self.written += event.tokens
+        if isinstance(event, Delta):
+            self.written += event.tokens  # and not at the end, which an answer may not reach
+            self.first_token = self.first_token or time.perf_counter()
 
 
 async def whole(reply: Reply, events: AsyncGenerator[Event, None]) -> dict[str, Any]:
