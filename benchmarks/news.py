@@ -2,9 +2,9 @@
 
     python benchmarks/news.py --data ../shared/data/mind_slice --backbone ../shared/backbone --work scratch/news
 
-Vectors of clicks and of headlines side by side, objectives lm and kto, three seeds each; writes results/news.json. Finished runs are
-not run again; an interrupted one is resumed. With --only, some are trained and judged and nothing is put together: two
-processes can share the work.
+Vectors of clicks and of headlines side by side, objectives lm and kto, three seeds each; writes results/news.json.
+Finished runs are not run again; an interrupted one is resumed. With --only, some are trained and judged and nothing is
+put together: two processes can share the work.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ RUNS = [f"{vectors}-{objective}" for vectors in VECTORS for objective in get_arg
 ARMS = ("none", "prompt", "static", "random", "shuffled", "null", "e2p", "e2p+prompt")
 # Half of a history is for the vector and half for examples; articles and users are dealt so that the test is large.
 PREPARE: dict[str, Any] = {"history_share": 0.5, "shares": (0.5, 0.1, 0.4), "dimension": 32}
-# lm: the best of seven that were tried on the validation articles, of which phi learns few before it learns the training
-# articles by heart; kto: its likeness, not tried.
+# lm: the best of seven that were tried on the validation articles; phi soon learns the training articles by heart. kto:
+# the same, not tried.
 BUDGETS = {
     "lm": TrainingConfig(epochs=12, batch_size=32, learning_rate=1e-2, weight_decay=1.0),
     "kto": TrainingConfig(epochs=4, batch_size=64, learning_rate=1e-2, weight_decay=1.0),
