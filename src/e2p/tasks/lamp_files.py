@@ -171,7 +171,8 @@ def _item(item: Any, form: Form, where: str) -> Item:
     if date is not None and (isinstance(date, bool) or not DATE.fullmatch(str(date))):
         raise DataError(f"{where}: expected a date like 2016-05-26 or 2016, got {str(date)[:40]!r}; mend or drop it")
     numbers = () if date is None else tuple(int(number) for number in re.findall(r"\d+", str(date)))
-    return Item(values[1].strip() if len(values) > 1 else "", values[0].strip(), numbers)
+    texts = [str(value).strip() for value in values]
+    return Item(texts[1] if len(texts) > 1 else "", texts[0], numbers)
 
 
 def _id(entry: Any, where: str) -> str:
