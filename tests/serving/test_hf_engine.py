@@ -361,6 +361,27 @@ def test_end_tokens_and_lengths_end_answers(models: dict[str, E2PModel], folders
         assert one.reasons[0] == ("length" if len(ids) == 40 else "stop")
 
 
+def test_who_asks_for_no_length_gets_what_there_is_room_for(
+    models: dict[str, E2PModel], folders: dict[str, Path]
+) -> None:
+    model = models["late"]
+    window = model.backbone.window
+    assert window is not None
+    wished = asked("late", "hi", USERS[0], max_tokens=500, shorten=True, logprobs=0)
+
+    async def play() -> Any:
+        async with engine_on(model.backbone, folders) as engine:
+            return await answered(engine, wished)
+
+    found = asyncio.run(play())
+    room = window - len(model.encoder.prompt("hi").ids) - 1
+    prompt = model.encoder.prompt("hi")
+    prefix = model.prefix([USERS[0]], 1)
+    (ids,) = model.backbone.generate([prompt], [len(prompt.ids)], prefix, max_new_tokens=room, do_sample=False)
+    assert found.tokens[0] == len(ids)
+    assert found.reasons[0] == ("length" if len(ids) == room else "stop")
+
+
 # ---------------------------------------------------------------- room, and giving up
 
 

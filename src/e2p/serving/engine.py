@@ -62,6 +62,8 @@ class Sampling:
         n: answers.
         logprobs: log-probabilities of this many likeliest tokens beside each token's own; None: none at all. They are
             the model's, before temperature and top_p.
+        shorten: where prompt and longest answer exceed the window, answer as long as there is room for; else such a
+            request is refused. For who has not said how long an answer may be.
     """
 
     max_tokens: int = 128
@@ -71,6 +73,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     n: int = 1
     logprobs: int | None = None
+    shorten: bool = False
 
 
 @dataclass(frozen=True)

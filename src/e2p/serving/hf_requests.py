@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -90,16 +90,17 @@ class Served:
         at, count = 0, 0
         if prefix is not None and self.model is not None:
             at, count = self.model.splice_at(prompt), self.info.prefix_tokens
-        call = Call(prompt, at, count, prefix or _nothing, request.sampling, not request.raw)
-        window, rows = self.backbone.window, request.sampling.n
-        room = min(window if window is not None else limits.cache_tokens, limits.cache_tokens // rows)
-        if call.longest > room:
+        window, sampling = self.backbone.window, request.sampling
+        room = min(window if window is not None else limits.cache_tokens, limits.cache_tokens // sampling.n)
+        left = max(0, room - count - len(prompt.ids))
+        if sampling.shorten and left:
+            sampling = replace(sampling, max_tokens=min(left, sampling.max_tokens))
+        if sampling.max_tokens > left:
             raise RequestError(
-                f"max_tokens: expected at most {max(0, room - count - len(prompt.ids))} behind a prompt of "
-                f"{len(prompt.ids)} tokens (room for {room} in all), got {request.sampling.max_tokens}; lower it, or "
-                "shorten the prompt"
+                f"max_tokens: expected at most {left} behind a prompt of {len(prompt.ids)} tokens (room for {room} in "
+                f"all), got {sampling.max_tokens}; lower it, or shorten the prompt"
             )
-        return call
+        return Call(prompt, at, count, prefix or _nothing, sampling, not request.raw)
 
     def _encode(self, prompt: Prompt, raw: bool) -> EncodedPrompt:
         if raw and not isinstance(prompt, str):

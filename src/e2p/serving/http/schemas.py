@@ -133,7 +133,8 @@ class _Asked(_Model):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if not top_p:  # the smallest set of tokens is the likeliest alone
             temperature, top_p = 0.0, 1.0
-        return Sampling(longest, temperature, top_p, self.seed, stop, n, self.top())
+        unsaid = self.longest() is None
+        return Sampling(longest, temperature, top_p, self.seed, stop, n, self.top(), shorten=unsaid)
 
 
 class ChatRequest(_Asked):
