@@ -20,7 +20,14 @@ import polars as pl
 from rich.console import Console
 from seeds import folders, placed, shown
 
-from e2p.config import EvaluationConfig, ObjectiveConfig, RunConfig, TextsConfig, TrainingConfig
+from e2p.config import (
+    EvaluationConfig,
+    ObjectiveConfig,
+    ProjectorConfig,
+    RunConfig,
+    TextsConfig,
+    TrainingConfig,
+)
 from e2p.config_io import load_yaml
 from e2p.evaluation.audit import ABOUT, audit, load_scored
 from e2p.evaluation.evaluate import evaluate
@@ -46,6 +53,7 @@ def settings(tables: Path, backbone: str, objective: Any, output: Path) -> RunCo
     config = load_yaml(tables / "config.yaml")
     return replace(
         placed(config, tables, backbone),
+        projector=ProjectorConfig(hidden_dim=512, user_scale=0.1),
         objective=ObjectiveConfig(name=objective),
         training=replace(BUDGETS[objective], tokens_per_pass=4096),
         evaluation=EvaluationConfig(

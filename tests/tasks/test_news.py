@@ -14,7 +14,7 @@ from e2p.config_io import load_yaml
 from e2p.data.tables import example_batches, open_embeddings
 from e2p.errors import ConfigError, DataError, RunError
 from e2p.evaluation.leaks import check_leaks
-from e2p.tasks.news import WORDING, dealt, numbered, prepare
+from e2p.tasks.news import NOTHING, WORDING, dealt, numbered, prepare
 from e2p.tasks.news_files import read
 from e2p.tasks.news_users import profiles, user_vectors
 from news_worlds import click, mind, mind_world, pens
@@ -367,4 +367,5 @@ def test_the_slice_of_mind_by_hand(tmp_path: Path, shared: Path, capsys: pytest.
     part, tested = dict(articles.iter_rows()), dict(users.iter_rows())
     kept = {key: value for key, value in expected.items() if (part[key[1]] == "test") == tested[key[0]]}
     assert {(r["user_id"], r["item_id"]): (r["label"], r["source"]) for r in table.iter_rows(named=True)} == kept
-    assert table["profile"].null_count() < table.height
+    assert table["profile"].null_count() == 0
+    assert 0 < (table["profile"] == NOTHING).mean() < 0.9

@@ -36,6 +36,7 @@ from e2p.tasks.news_users import Vectors, profiles, user_vectors
 from e2p.tasks.output import staged_folder
 
 WORDING = "Write a headline for this article: {}"
+NOTHING = "nothing read yet"
 Objective = Literal["lm", "kto", "engagement"]
 
 
@@ -83,7 +84,8 @@ def prepare(
         shares: of the articles, for train, validation and test where the files divide nothing; users are dealt for
             training and test in the same proportion.
         max_body_chars: a body is cut here, at a word.
-        max_profile_chars: a profile ends before the headline that would go beyond.
+        max_profile_chars: a profile ends before the headline that would go beyond; without any it says that nothing
+            has been read yet.
         seed: of the parts, of what is drawn, and of the factors.
         overwrite: replace an earlier output.
 
@@ -126,6 +128,8 @@ def prepare(
         known = visits.filter(pl.col("visit").is_in(table["visit"].unique().implode()))
         texts = profiles(known, news.articles, max_profile_chars)
         table = table.join(texts, on="visit", how="left", maintain_order="left")
+        # The prompt arms need a text for everybody; this is the same one for all of whom nothing is known.
+        table = table.with_columns(pl.col("profile").fill_null(NOTHING))
         fit_on = visits.filter(pl.col("split").fill_null("train") == "train")
         found, version = user_vectors(
             known, fit_on, texts, news.articles, vectors, encoder, dimension, regularization, alpha, seed
