@@ -1,4 +1,4 @@
-"""What docs/serving.md says, run as it is written there."""
+"""What docs/serving.md and README.md say, run as it is written there."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from e2p.config_serving import LimitsConfig, PoliciesConfig, load_serving
 from e2p.serving.http.auth import SCOPES, parse_keys
 from served import Server, serving
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```$", PAGE, re.M | re.S)
+def blocks(kind: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", page, re.M | re.S)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,11 @@ def server() -> Iterator[Server]:
         yield running
 
 
-@pytest.mark.parametrize("block", blocks("bash curl"), ids=["ask", "vector", "users", "metrics"])
+@pytest.mark.parametrize(
+    "block",
+    [*blocks("bash curl"), *blocks("bash curl", README)],
+    ids=["ask", "vector", "users", "metrics", "readme"],
+)
 def test_curl_lines(block: str, server: Server) -> None:
     if shutil.which("curl") is None:
         pytest.skip("no curl here")
