@@ -38,7 +38,7 @@ def test_settings_go_out_and_come_back(tmp_path: Path) -> None:
         port=9,
         limits=LimitsConfig(n=3, seconds=1.5),
         policies=PoliciesConfig(unknown_user="none", max_age_seconds=60, old_vector="error"),
-        engine=EngineConfig(rows=2),
+        hf=EngineConfig(rows=2),
     )
     path = tmp_path / "serving.yaml"
     path.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
@@ -100,7 +100,7 @@ def test_a_run_is_called_by_its_folder(tmp_path: Path, monkeypatch: pytest.Monke
         ("limits: {n: null}", "limits.n: expected a value, got nothing"),
         ("policies: {unknown_user: use}", "policies.unknown_user"),
         ("policies: {max_age_seconds: 0}", "policies.max_age_seconds: expected a number > 0, got 0"),
-        ("engine: {rows: 0}", "engine.rows: expected a whole number >= 1, got 0"),
+        ("hf: {rows: 0}", "hf.rows: expected a whole number >= 1, got 0"),
         ("port: 70000", "port: expected a number from 0 to 65535, got 70000"),
         ("host: ''", "host: expected an address such as 127.0.0.1"),
         ("grace_seconds: -1", "grace_seconds: expected a number >= 0"),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -31,7 +32,7 @@ class LimitsConfig:
         upload_bytes: largest bulk upload.
         uploads: bulk uploads at once.
         prompt_chars: characters of a prompt, all messages together.
-        default_max_tokens: longest answer where a request does not say.
+        default_max_tokens: longest answer where a request does not say, or as long as the window has room for.
         max_tokens: longest answer that a request may ask for.
         n: answers to one prompt.
         running: requests that the engine is given at once.
@@ -119,7 +120,48 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("rows", "cache_tokens", "prefill_tokens"):
-            require(getattr(self, name) >= 1, f"engine.{name}", "a whole number >= 1", getattr(self, name))
+            require(getattr(self, name) >= 1, f"hf.{name}", "a whole number >= 1", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class VLLMConfig:
+    """How vLLM servers are asked that hold the backbone (``--engine vllm``).
+
+    Args:
+        fallbacks: addresses of more servers, which are asked while none of the upstreams can be.
+        model: its name there; empty: the only one that they serve. A server's key is the environment variable
+            E2P_VLLM_KEY.
+        transport: how soft tokens travel. ``embeddings``: the whole prompt as embeddings, always right. ``chat``: the
+            soft tokens alone, within a chat's messages, where tokens stand exactly as in training, else an error.
+            ``auto``: chat where that can be, else embeddings.
+        dtype: of prompts as embeddings. A server in bfloat16 rounds them so itself, and then bfloat16 halves them.
+        cache: who shares what a server keeps of prompts. ``prompts``: users share what stands before their soft tokens,
+            on servers that are found to tell embeddings apart. ``users``: nobody shares anything with another user.
+        n: most answers to one prompt.
+        attempts: servers that a request is given to, one after the other, while none has answered anything. One that
+            cannot be reached was not given it.
+        check_seconds: between two looks at a server; one that is away is looked at with growing pauses.
+        connect_seconds: longest wait for a connection, and for the answer to such a look.
+        pause_seconds: longest pause before the first token and between two; then the server is given up.
+    """
+
+    fallbacks: list[str] = field(default_factory=list)
+    model: str = ""
+    transport: Literal["auto", "embeddings", "chat"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    cache: Literal["prompts", "users"] = "prompts"
+    n: int = 32
+    attempts: int = 2
+    check_seconds: float = 5.0
+    connect_seconds: float = 2.0
+    pause_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("n", "attempts"):
+            require(getattr(self, name) >= 1, f"vllm.{name}", "a whole number >= 1", getattr(self, name))
+        for name in ("check_seconds", "connect_seconds", "pause_seconds"):
+            require(getattr(self, name) > 0, f"vllm.{name}", "a number > 0", getattr(self, name))
+        _require_addresses("vllm.fallbacks", self.fallbacks)
 
 
 @dataclass(frozen=True)
@@ -137,7 +179,10 @@ class ServingConfig:
         insecure: listen beyond this machine without keys: everyone who reaches the port may read and write all users.
         log_users: write user ids into the log; they stand nowhere otherwise.
         grace_seconds: how long running answers are waited for on SIGTERM.
-        engine: how much is done at once.
+        engine: who generates: ``hf``, the backbone within this process, or ``vllm``, servers that hold it.
+        upstreams: these vLLM servers' addresses, such as http://10.0.0.5:8000, started with --enable-prompt-embeds.
+        hf: how much the engine in this process does at once.
+        vllm: how vLLM servers are asked.
         limits: what one request may cost.
         policies: who answers where a user's vector cannot.
     """
@@ -151,7 +196,10 @@ class ServingConfig:
     insecure: bool = False
     log_users: bool = False
     grace_seconds: float = 30.0
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: Literal["hf", "vllm"] = "hf"
+    upstreams: list[str] = field(default_factory=list)
+    hf: EngineConfig = field(default_factory=EngineConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     policies: PoliciesConfig = field(default_factory=PoliciesConfig)
 
@@ -166,6 +214,11 @@ class ServingConfig:
             require(bool(ok), "adapters", "name=folder, the name of letters, digits and . _ / -", pair)
             names.append(name)
         require(len(set(names)) == len(names), "adapters", "every name once", ", ".join(names))
+        _require_addresses("upstreams", self.upstreams)
+        if self.engine == "vllm":
+            require(bool(self.upstreams), "upstreams", "the address of a vLLM server with --engine vllm", "none")
+        else:
+            require(not self.upstreams, "upstreams", "none without --engine vllm", ", ".join(self.upstreams))
 
     def folders(self, run: str = "") -> dict[str, str]:
         """Folder of every adapter by the name that requests call it, that of ``run`` first.
@@ -181,6 +234,13 @@ class ServingConfig:
         if not found:
             raise ConfigError("run: expected a run folder, an adapter's folder or --adapters name=folder, got nothing")
         return found
+
+
+def _require_addresses(name: str, addresses: list[str]) -> None:
+    for address in addresses:
+        parts = urlsplit(address)
+        ok = parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
+        require(ok and "@" not in parts.netloc, name, "an address such as http://10.0.0.5:8000", address)
 
 
 def name_of(run: str) -> str:

@@ -260,6 +260,8 @@ def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
     out = []
     for key in sorted(set(recorded) | set(found)):
         a, b = recorded.get(key), found.get(key)
+        if key in _SAMPLES and key in found and b is None:  # not looked at: there are no layers here
+            continue
         if key in _SAMPLES and (pair := _numbers(a, b)):
             a, b = pair
             what, share = _SAMPLES[key]

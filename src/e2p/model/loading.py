@@ -43,7 +43,7 @@ def load_causal_lm(config: BackboneConfig) -> tuple[Any, Any]:
             model = AutoModelForCausalLM.from_pretrained(config.model, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise BackboneError(
-            f"backbone.model: expected a causal language model at '{config.model}', got: {_reason(config.model, error)}"
+            f"backbone.model: expected a causal language model at '{config.model}', got: {reason_of(config, error)}"
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise BackboneError(f"backbone.model: '{config.model}' has no fast tokenizer; add a tokenizer.json")
@@ -54,10 +54,10 @@ def load_causal_lm(config: BackboneConfig) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _reason(model: str, error: Exception) -> str:
+def reason_of(config: BackboneConfig, error: Exception) -> str:
     """One line of a library's complaint; what it says of a hub is beside the point where a folder was meant."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
-    return text if Path(model).exists() else f"no such folder here, and of a hub: {text}"
+    return text if Path(config.model).exists() else f"no such folder here, and of a hub: {text}"
 
 
 @contextlib.contextmanager

@@ -108,6 +108,13 @@ class Answer:
                 reason = "stop"
             elif self.tokens >= self.call.sampling.max_tokens:
                 reason = "length"
+        return self._said(piece, reason)
+
+    def end(self, reason: Reason) -> list[Delta | Finished]:
+        """No more tokens; what there is still to say."""
+        return self._said("", reason)
+
+    def _said(self, piece: str, reason: Reason | None) -> list[Delta | Finished]:
         if reason is not None:
             piece += self.text.finish()
         said: list[Delta | Finished] = []

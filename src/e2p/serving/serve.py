@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from e2p.serving.http.auth import Key
 
 
-def serve(config: ServingConfig, run: str = "") -> None:
+def serve(config: ServingConfig, run: str = "", playground: bool = False) -> None:
     """Serve adapters by OpenAI's API: ``user`` in a request picks the vector that makes the answer personal.
 
     It listens on this machine alone unless --host says otherwise, which needs keys. SIGTERM and ctrl-c finish what
@@ -33,27 +34,37 @@ def serve(config: ServingConfig, run: str = "") -> None:
     Args:
         config: every setting.
         run: run folder, or folder of an adapter alone; requests call it by the folder's name.
+        playground: also a page under /playground, to ask the same question for different users side by side.
 
     Raises:
         ConfigError: a setting is wrong, the port is taken, or keys are missing where they are needed.
         E2PError: backbone, adapter or store cannot be opened.
-        MissingExtraError: the extra serve is not installed.
+        MissingExtraError: the extra serve, or playground, is not installed.
     """
     folders = config.folders(run)
-    serve_engine(lambda: hf_engine(config, folders), config)
+    make = vllm_engine if config.engine == "vllm" else hf_engine
+    serve_engine(lambda: make(config, folders), config, folders if playground else None)
 
 
-def serve_engine(make: Callable[[], Engine], config: ServingConfig) -> None:
-    """The same for any engine, made when keys, port and store have been found good. Returns on SIGTERM."""
+def serve_engine(
+    make: Callable[[], Engine], config: ServingConfig, playground: Mapping[str, str] | None = None
+) -> None:
+    """The same for any engine, made when keys, port and store have been found good. Returns on SIGTERM.
+
+    With ``playground``, a mapping of adapters to their runs' folders, there is also the page.
+    """
     from e2p.serving.http.auth import read_keys
+    from e2p.serving.playground import require_playground
 
     keys = read_keys(config)
+    if playground is not None:
+        require_playground(config, keys)
     listener = listen(config.host, config.port)
     try:
         store = open_store(config.store) if config.store else None
         try:
             with _terminated():
-                asyncio.run(_run(config, make(), store, keys, listener))
+                asyncio.run(_run(config, make(), store, keys, listener, playground))
         finally:
             if store is not None:
                 store.close()
@@ -80,9 +91,18 @@ def hf_engine(config: ServingConfig, folders: dict[str, str]) -> Engine:
     from e2p.serving.calls import Limits
     from e2p.serving.hf_engine import HFEngine
 
-    limits = Limits(config.engine.rows, config.engine.cache_tokens, config.engine.prefill_tokens)
+    limits = Limits(config.hf.rows, config.hf.cache_tokens, config.hf.prefill_tokens)
     backbone = backbone_of(next(iter(folders.values())), config.backbone)
-    return HFEngine(backbone, folders, limits=limits, precision=config.engine.precision)
+    return HFEngine(backbone, folders, limits=limits, precision=config.hf.precision)
+
+
+def vllm_engine(config: ServingConfig, folders: dict[str, str]) -> Engine:
+    """vLLM servers that hold the backbone."""
+    from e2p.serving.vllm_engine import VLLMEngine
+
+    backbone = backbone_of(next(iter(folders.values())), config.backbone)
+    key = os.environ.get("E2P_VLLM_KEY", "")
+    return VLLMEngine(backbone, folders, config.upstreams, config.vllm, key=key)
 
 
 def backbone_of(folder: str, asked: BackboneConfig) -> BackboneConfig:
@@ -109,20 +129,28 @@ def backbone_of(folder: str, asked: BackboneConfig) -> BackboneConfig:
 
 
 async def _run(
-    config: ServingConfig, engine: Engine, store: VectorStore | None, keys: tuple[Key, ...], listener: socket.socket
+    config: ServingConfig,
+    engine: Engine,
+    store: VectorStore | None,
+    keys: tuple[Key, ...],
+    listener: socket.socket,
+    playground: Mapping[str, str] | None,
 ) -> None:
     import uvicorn
 
     from e2p.serving.http.app import create_app
+    from e2p.serving.playground import add_playground
 
     await engine.start()
     _require_dimension(engine, store)
     app = create_app(engine, store, config, keys)
+    if playground is not None:
+        add_playground(app, playground)
     options: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False, "lifespan": "on"}
     # uvicorn waits for running requests first; only then does the application stop the engine.
     grace = max(1, round(config.grace_seconds))
     server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, ws="none", **options))
-    _say(config, engine, store, bool(keys), listener.getsockname()[1])
+    _say(config, engine, store, bool(keys), listener.getsockname()[1], playground is not None)
     await server.serve(sockets=[listener])
 
 
@@ -136,12 +164,16 @@ def _require_dimension(engine: Engine, store: VectorStore | None) -> None:
         )
 
 
-def _say(config: ServingConfig, engine: Engine, store: VectorStore | None, keys: bool, port: int) -> None:
+def _say(
+    config: ServingConfig, engine: Engine, store: VectorStore | None, keys: bool, port: int, playground: bool
+) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     names = ", ".join(info.name for info in engine.adapters())
     users = "no store" if store is None else f"{store.address}: {store.count():,} users"
     open_to = "everyone on this machine" if is_loopback(config.host) else "everyone who reaches it"
     print(f"http://{host}:{port}/v1 serves {names}; {users}; for {'keys' if keys else open_to}", flush=True)
+    if playground:
+        print(f"http://{host}:{port}/playground/ asks for several users side by side", flush=True)
 
 
 @contextmanager
