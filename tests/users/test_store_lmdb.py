@@ -183,6 +183,32 @@ def test_a_folder_is_opened_once_a_process_and_closed_with_the_last(tmp_path: Pa
     assert not lmdb_environment._OPEN
 
 
+def test_closing_waits_for_what_other_threads_are_writing(tmp_path: Path) -> None:
+    """LMDB unmaps the file and gives its number back, whoever is writing to it: the process would end by a signal."""
+    code = HEAD + (
+        "import threading, time\n"
+        "def write(store, thread, told):\n"
+        "    try:\n"
+        "        for day in range(10**6):\n"
+        "            rows = [vector(f'{thread}-{day}-{row}', day, 512) for row in range(64)]\n"
+        "            store.put_many(VectorBatch.of(rows))\n"
+        "    except Exception as error:\n"
+        "        told.append(f'{type(error).__name__} {error}')\n"
+        "for number in range(5):\n"
+        "    store, told = open_store(f'{sys.argv[1]}{number}'), []\n"
+        "    threads = [threading.Thread(target=write, args=(store, thread, told)) for thread in range(3)]\n"
+        "    [thread.start() for thread in threads]\n"
+        "    time.sleep(0.2)\n"
+        "    store.close()\n"
+        "    [thread.join() for thread in threads]\n"
+        "    assert len(told) == 3 and all('StoreError' in text and 'was closed' in text for text in told), told\n"
+        "    with open_store(f'{sys.argv[1]}{number}') as store:\n"
+        "        assert store.count() % 64 == 0 and sum(1 for _ in store.iterate()) == store.count()\n"
+        "print('whole')\n"
+    )
+    assert output(python(code, str(tmp_path / "s"))) == "whole\n"
+
+
 def test_a_folder_that_was_removed_and_made_again_is_another_store(tmp_path: Path) -> None:
     with opened(tmp_path / "s") as first:
         first.put(vector("u1"))

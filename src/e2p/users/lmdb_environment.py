@@ -29,7 +29,7 @@ class Environment:
 
     def __init__(self, folder: Path, durable: bool) -> None:
         self.folder, self.durable, self.pid, self.holders = folder, durable, os.getpid(), 0
-        self._active, self._gate = 0, threading.Condition()
+        self._active, self._closed, self._gate = 0, False, threading.Condition()
         with self.faults("opened"):
             self.env = lmdb.open(
                 str(folder),
@@ -57,11 +57,13 @@ class Environment:
 
     def write(self, work: Callable[[Txn], T]) -> T:
         """What ``work`` returns, when all that it wrote is kept; it may be called again, after nothing was."""
+        seen = 0
         while True:
-            seen = self.env.info()["map_size"] if self.pid == os.getpid() else 0
             try:
-                with self.faults("written"), self._inside(), self.env.begin(write=True) as txn:
-                    return work(txn)
+                with self.faults("written"), self._inside():
+                    seen = self.env.info()["map_size"]
+                    with self.env.begin(write=True) as txn:
+                        return work(txn)
             except lmdb.MapResizedError:
                 self._resize(0, 0)
             except lmdb.MapFullError:
@@ -73,10 +75,19 @@ class Environment:
         self._resize(size, size)
 
     def close(self) -> None:
-        if not self.durable and self.pid == os.getpid():
-            with self.faults("written"):
-                self.env.sync(True)
-        self.env.close()
+        """Wait for other threads' transactions, whose memory and file LMDB would take away, and close."""
+        if self.pid != os.getpid():
+            self.env.close()
+            return
+        with self._gate:
+            self._closed = True
+            self._gate.wait_for(lambda: not self._active)
+        try:
+            if not self.durable:
+                with self.faults("written"):
+                    self.env.sync(True)
+        finally:
+            self.env.close()
 
     @contextlib.contextmanager
     def faults(self, what: str) -> Iterator[None]:
@@ -95,6 +106,8 @@ class Environment:
         if self.pid != os.getpid():
             raise StoreError(f"{self.folder}: this store was opened before the process forked; open it after that")
         with self._gate:
+            if self._closed:
+                raise StoreError(f"{self.folder}: this store was closed; open it again")
             self._active += 1
         try:
             yield
@@ -108,6 +121,8 @@ class Environment:
         """Make the map ``size`` bytes unless it is no longer ``seen``; 0 takes on what another process has made it."""
         with self._gate:
             self._gate.wait_for(lambda: not self._active)
+            if self._closed:
+                raise StoreError(f"{self.folder}: this store was closed; open it again")
             if not size or self.env.info()["map_size"] == seen:
                 with self.faults("enlarged"):
                     self.env.set_mapsize(size)
