@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -66,6 +66,7 @@ def serving(
     limits: LimitsConfig | None = None,
     policies: PoliciesConfig | None = None,
     keys: Sequence[Key] = (),
+    playground: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Iterator[Server]:
     """Start a server and stop it."""
@@ -74,6 +75,8 @@ def serving(
     kept = open_store(store) if isinstance(store, str) else store
     config = ServingConfig(limits=limits or LimitsConfig(), policies=policies or PoliciesConfig(), **settings)
     app = create_app(engine, kept, config, keys)
+    if playground is not None:
+        asyncio.run(_with_playground(app, playground))
     with listen("127.0.0.1", 0) as listener:
         base = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = uvicorn.Server(
@@ -92,6 +95,13 @@ def serving(
                 server.should_exit = True
                 thread.join(15)
                 assert not thread.is_alive()
+
+
+async def _with_playground(app: Any, folders: Mapping[str, str]) -> None:
+    """Within a loop, as `e2p serve` does it: else Gradio makes loops that nobody closes."""
+    from e2p.serving.playground import add_playground
+
+    add_playground(app, folders)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 10) -> None:

@@ -235,7 +235,7 @@ def test_personalisation_can_be_switched_off(options: dict[str, Any], expected: 
         ("taste", {"vector": [1] * 65_537}, (400, "invalid_value", "e2p.vector")),
         ("taste", {"vector": [1, 2, 3], "version": "v2"}, (400, "other_version", "e2p.version")),
         ("taste", {"version": "v1"}, (400, "invalid_value", "e2p.version")),
-        ("taste", {"strength": 1.5}, (400, "invalid_value", "e2p.strength")),
+        ("taste", {"strength": 2.5}, (400, "invalid_value", "e2p.strength")),
         ("taste", {"strength": -0.1}, (400, "invalid_value", "e2p.strength")),
         ("taste", {"strength": "1"}, (400, "invalid_value", "e2p.strength")),
         ("taste", {"arm": "none", "strength": 0.5}, (400, "invalid_value", "e2p.strength")),

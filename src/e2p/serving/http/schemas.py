@@ -82,8 +82,8 @@ class Personalisation(_Model):
 
     vector: Vector | None = Field(None, description="a user's vector in place of a stored one: plain numbers")
     version: Version | None = Field(None, description="name of the space that this vector lives in")
-    strength: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = Field(
-        None, description="0: the null user, 1: the user, which is what is meant where nothing is said"
+    strength: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = Field(
+        None, description="0: the null user, 1: the user, which is what is meant where nothing is said; 2: exaggerated"
     )
     arm: Literal["e2p", "null", "none"] = Field("e2p", description="null: the learned null user; none: not personal")
 
