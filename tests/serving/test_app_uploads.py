@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 
 from e2p.config_serving import LimitsConfig
 from e2p.errors import StoreError
+from e2p.serving.http import uploads
+from e2p.users.store import open_store
 from e2p.users.store_memory import MemoryStore
-from served import Server, error_of, key, secret, serving
+from served import Server, error_of, key, secret, serving, stored, wait_until
 
 LINES, PARQUET = "application/x-ndjson", "application/vnd.apache.parquet"
 TIME = pa.timestamp("us", tz="UTC")
@@ -208,7 +211,57 @@ def test_a_key_with_a_prefix_puts_its_own_users_alone(kind: str) -> None:
         assert users(server) == ["shop-1", "shop-2"]
 
 
+@pytest.mark.parametrize("kind", [LINES, PARQUET])
+def test_who_is_deleted_during_an_upload_stays_deleted(kind: str, server: Server) -> None:
+    """Rows that name no time are as old as the upload, however late in it they come."""
+    go = threading.Event()
+
+    def body() -> Iterator[bytes]:
+        whole = line("a") + line("b") if kind == LINES else parquet(user_id=["a", "b"], embedding=vectors_of(*PAIR))
+        yield whole[: len(whole) // 2 + 1]
+        go.wait(10)
+        yield whole[len(whole) // 2 + 1 :]
+
+    server.put("b")
+    reports: list[Any] = []
+    sending = threading.Thread(target=lambda: reports.append(upload(server, body(), kind).json()))
+    sending.start()
+    wait_until(lambda: server.service().uploads.held == 1)
+    server.http.delete("/v1/users/b/embedding")
+    go.set()
+    sending.join(10)
+    assert (reports[0]["stored"], reports[0]["deleted"]) == (1, 1)
+    assert users(server) == ["a"]
+
+
+@pytest.mark.parametrize("kind", [LINES, PARQUET])
+def test_a_hopeless_table_is_not_read_to_its_end(kind: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "_HOPELESS", 500)
+    rows = 2000
+    content = b"x\n" * rows
+    if kind == PARQUET:
+        content = parquet(user_id=[f"u{n}" for n in range(rows)], embedding=vectors_of(*[[1, n] for n in range(rows)]))
+    response = upload(server, content, kind)
+    assert error_of_upload(response) == (422, "rows_failed")
+    assert "the others were not read" in response.json()["error"]["message"]
+    assert response.json()["e2p"]["read"] == response.json()["e2p"]["failed"] == 512
+
+
+def test_what_a_store_refuses_is_told_without_its_folder(tmp_path: Any) -> None:
+    """Another server on the same store has put the first vector meanwhile, of another dimension."""
+    with open_store(str(tmp_path / "s")) as store, serving(store=store) as server:
+        store.put(stored("other", 1, 2))
+        server.service().vectors.allowed_dimensions = lambda: (3,)
+        refused = server.put("a")
+        assert error_of(refused)[:2] == (400, "invalid_value")
+        report = upload(server, line("a")).json()
+        for text in (refused.json()["error"]["message"], report["e2p"]["errors"][0]["message"]):
+            assert text.startswith("expected an embedding of 2 numbers, got 3")
+
+
 # ---------------------------------------------------------------- Parquet
+
+PAIR = ([1, 2, 3], [4, 5, 6])
 
 
 @pytest.mark.parametrize(
@@ -273,6 +326,55 @@ def test_a_type_of_ones_own_is_refused(extension: Secret, server: Server) -> Non
     response = upload(server, content, PARQUET)
     assert error_of_upload(response) == (400, "invalid_parquet")
     assert "column embedding: expected lists of numbers" in response.json()["error"]["message"]
+
+
+def test_times_that_no_calendar_has(server: Server) -> None:
+    times = pa.array([2**62, -(2**62), 1_714_564_800_000_000], TIME)
+    content = parquet(user_id=["a", "b", "c"], embedding=vectors_of(*[[1, 2, 3]] * 3), timestamp=times)
+    response = upload(server, content, PARQUET)
+    assert error_of_upload(response) == (422, "rows_failed")
+    errors = response.json()["e2p"]["errors"]
+    assert [(e["row"], e["code"]) for e in errors] == [(1, "invalid_value"), (2, "invalid_value")]
+    assert all("expected a time in the years 1 to 9999" in e["message"] for e in errors)
+    assert users(server) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"user_id": ["a" * 70_000_000], "embedding": [[1.0, 2.0, 3.0]]},
+            "column user_id: expected at most 67,108,864",
+        ),
+        (
+            {"user_id": ["a"], "embedding": [[1.0, 2, 3]], "version": ["v" * 70_000_000]},
+            "column version: expected at m",
+        ),
+        ({"user_id": pa.nulls(100_000, pa.string()), "embedding": pa.nulls(100_000, pa.list_(pa.float32()))}, "a byte"),
+    ],
+    ids=["id", "version", "rows"],
+)
+def test_a_small_file_that_unpacks_to_a_huge_one(columns: dict[str, Any], message: str, server: Server) -> None:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file, compression="zstd")
+    assert len(file.getvalue()) < 20_000
+    response = upload(server, file.getvalue(), PARQUET)
+    assert error_of_upload(response) == (400, "invalid_parquet")
+    assert message in response.json()["error"]["message"]
+    assert response.json()["e2p"]["read"] == 0
+
+
+def test_large_row_groups_of_many_users_are_taken() -> None:
+    """As pyarrow writes them where nothing is said: the bounds above are not for these."""
+    rows, dim = 50_000, 512
+    block = np.random.default_rng(0).standard_normal((rows, dim)).astype(np.float32)
+    content = parquet(
+        user_id=[f"user-{number:08}" for number in range(rows)],
+        embedding=pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), dim),
+    )
+    assert pq.ParquetFile(io.BytesIO(content)).metadata.row_group(0).column(1).total_uncompressed_size > 1 << 26
+    start, frame = next(uploads._batches(io.BytesIO(content), (dim,)))
+    assert (start, len(frame), frame["user_id"][0]) == (0, 256, "user-00000000")
 
 
 GOOD = {"user_id": ["a"], "embedding": vectors_of([1, 2, 3])}

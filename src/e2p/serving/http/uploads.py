@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import IO, Any
 
 import polars as pl
@@ -24,6 +26,10 @@ NDJSON = ("application/x-ndjson", "application/jsonl", "application/ndjson")
 PARQUET = ("application/vnd.apache.parquet", "application/x-parquet")
 _ROWS, _BYTES, _TOLD = 256, 1 << 20, 100
 _TEXT = 1024
+_HOPELESS = 100_000  # rows that failed, after which the others are not looked at
+# Of a row group's column, decoded: beyond the first it must not be packed tighter than this, which no users' vectors
+# are. Texts are held whole, so that they have a bound of their own.
+_UNPACKED, _PACKED, _TEXTS = 1 << 26, 100, 1 << 28
 _COLUMNS = ("user_id", "embedding", "timestamp", "version")
 
 
@@ -33,9 +39,11 @@ class Report:
 
     Args:
         unit: what rows are counted by: line or row, from 1.
+        began: when; the time of vectors that name none, so that a user who is deleted meanwhile stays deleted.
     """
 
     unit: str
+    began: datetime
     read: int = 0
     failed: int = 0
     counts: PutCounts = field(default_factory=PutCounts)
@@ -46,6 +54,14 @@ class Report:
         self.failed += 1
         if len(self.errors) < _TOLD:
             self.errors.append({self.unit: number, "code": code, "message": message})
+
+    def require_hope(self) -> None:
+        """Raise ApiError 422 where so many rows have failed that the table is another one than was meant."""
+        if self.failed > _HOPELESS:
+            said = (
+                f"more than {_HOPELESS:,} rows are wrong, so the others were not read; see e2p.errors, mend the table"
+            )
+            raise ApiError(422, "rows_failed", said, headers={"Connection": "close"})
 
     def told(self) -> dict[str, Any]:
         """As the response has it."""
@@ -59,12 +75,13 @@ async def upload_lines(parts: AsyncIterator[bytes], vectors: Vectors, key: Key, 
     Raises:
         ApiError: the body breaks off or the store is away; what was put before stays, and the error says how much.
     """
-    report, batch, size = Report("line"), list[tuple[int, bytes]](), 0
+    report, batch, size = Report("line", vectors.now()), list[tuple[int, bytes]](), 0
 
     async def put() -> None:
         nonlocal batch, size
         lines, batch, size = batch, [], 0
         await vectors.call(lambda: _put_lines(lines, vectors, key, report))
+        report.require_hope()
 
     try:
         async for number, line in _lines(parts, row_bytes):
@@ -114,7 +131,7 @@ def _put_lines(lines: Sequence[tuple[int, bytes]], vectors: Vectors, key: Key, r
         try:
             row = parse(UploadRow, line)
             key.require_user(row.user_id)
-            vector = vectors.checked(row.user_id, row, allowed)
+            vector = vectors.checked(row.user_id, row, allowed, report.began)
         except ApiError as error:
             report.fail(number, error.code, error.message)
             continue
@@ -128,7 +145,7 @@ def _put(good: Sequence[tuple[int, StoredVector]], vectors: Vectors, report: Rep
         report.counts += vectors.put_many([vector for _, vector in good])
     except DataError as error:  # another dimension came first meanwhile
         for number, _ in good:
-            report.fail(number, "wrong_dimension", str(error))
+            report.fail(number, "wrong_dimension", vectors.plain(error))
 
 
 async def upload_parquet(parts: AsyncIterator[bytes], vectors: Vectors, key: Key) -> Report:
@@ -137,7 +154,7 @@ async def upload_parquet(parts: AsyncIterator[bytes], vectors: Vectors, key: Key
     Raises:
         ApiError: it is no such table, or the store is away; what was put before stays, and the error says how much.
     """
-    report = Report("row")
+    report = Report("row", vectors.now())
     with tempfile.TemporaryFile() as file:
         async for part in parts:
             file.write(part)
@@ -157,21 +174,24 @@ def _put_parquet(file: IO[bytes], vectors: Vectors, key: Key, report: Report) ->
         report.read += len(frame)
         good: list[tuple[int, StoredVector]] = []
         try:
-            good = list(enumerate(_checked(frame, vectors, key, allowed), start + 1))
+            good = list(enumerate(_checked(frame, vectors, key, allowed, report.began), start + 1))
         except (DataError, ApiError):
             for at in range(len(frame)):  # one by one, to tell which
                 try:
-                    (vector,) = _checked(frame[at : at + 1], vectors, key, allowed)
+                    (vector,) = _checked(frame[at : at + 1], vectors, key, allowed, report.began)
                     good.append((start + at + 1, vector))
                 except ApiError as error:
                     report.fail(start + at + 1, error.code, error.message)
                 except DataError as error:
                     report.fail(start + at + 1, "invalid_value", str(error).partition(": row 0 ")[2] or str(error))
         _put(good, vectors, report)
+        report.require_hope()
         allowed = vectors.allowed_dimensions()
 
 
-def _checked(frame: pl.DataFrame, vectors: Vectors, key: Key, allowed: Sequence[int]) -> list[StoredVector]:
+def _checked(
+    frame: pl.DataFrame, vectors: Vectors, key: Key, allowed: Sequence[int], began: datetime
+) -> list[StoredVector]:
     """The rows, by the checks of every embedding table. Raises DataError, ApiError for the first that is wrong."""
     where = locator("upload", 0, frame["user_id"])
     users = check_users(frame["user_id"], where)
@@ -179,10 +199,14 @@ def _checked(frame: pl.DataFrame, vectors: Vectors, key: Key, allowed: Sequence[
     if allowed and block.shape[1] not in allowed:
         said = f"embedding: expected {' or '.join(map(str, allowed))} numbers, got {block.shape[1]}"
         raise ApiError(400, "wrong_dimension", said)
-    moments = to_utc(frame["timestamp"], where).fill_null(pl.lit(vectors.now()).cast(pl.Datetime("us", "UTC")))
+    moments = to_utc(frame["timestamp"], where).fill_null(pl.lit(began).cast(pl.Datetime("us", "UTC")))
     for user in users:
         key.require_user(user)
-    times = [from_microseconds(value) for value in moments.to_physical()]
+    try:
+        times = [from_microseconds(value) for value in moments.to_physical()]
+    except OverflowError:
+        said = "timestamp: expected a time in the years 1 to 9999; check its unit"
+        raise ApiError(400, "invalid_value", said) from None
     vectors.require_time(max(times))
     versions = frame["version"].cast(pl.String).fill_null("")
     return [StoredVector(*row) for row in zip(users, block, times, versions, strict=True)]
@@ -192,19 +216,21 @@ def _batches(file: IO[bytes], allowed: Sequence[int]) -> Iterator[tuple[int, pl.
     """Rows from 0 and frames of at most 256 rows with the four columns. Raises ApiError 400, DataError.
 
     A small file can claim to be huge. So only plain types are read, texts stay in dictionaries until their length is
-    known, and a row group must not hold more numbers than its rows can have.
+    known, a row group must not hold more numbers than its rows can have, and nothing may be packed far tighter than
+    vectors can be.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     bounds = {"thrift_string_size_limit": 1 << 24, "thrift_container_size_limit": 1 << 18}
     try:
+        size = file.seek(0, os.SEEK_END)
         schema = pq.ParquetFile(file, **bounds).metadata.schema
         leaves = {schema.column(at).path: schema.column(at).physical_type for at in range(len(schema.names))}
         texts = [name for name in ("user_id", "version") if leaves.get(name) == "BYTE_ARRAY"]
         table = pq.ParquetFile(file, read_dictionary=texts, buffer_size=1 << 16, pre_buffer=False, **bounds)
         _require_types(table.schema_arrow, pa)
-        _require_sizes(table.metadata, allowed)
+        _require_sizes(table.metadata, allowed, size)
         names, start = [name for name in _COLUMNS if name in table.schema_arrow.names], 0
         for batch in table.iter_batches(_ROWS, columns=names):
             batch.validate(full=True)  # a damaged file may hold texts that are no UTF-8, which Polars would trust
@@ -248,19 +274,26 @@ def _is_vector(kind: Any, pa: Any) -> bool:
     return any(is_(kind) for is_ in lists) and any(is_(kind.value_type) for is_ in numbers)
 
 
-def _require_sizes(metadata: Any, allowed: Sequence[int]) -> None:
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        for at in range(group.num_columns):
-            column = group.column(at)
-            if column.path_in_schema.startswith("embedding") and column.num_values > group.num_rows * max(
-                allowed, default=0
-            ):
+def _require_sizes(metadata: Any, allowed: Sequence[int], size: int) -> None:
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    rows = sum(group.num_rows for group in groups)
+    if rows > size:
+        raise ApiError(
+            400, "invalid_parquet", f"expected a byte for each row at least, got {rows} rows in {size} bytes"
+        )
+    for group in groups:
+        for column in (group.column(at) for at in range(group.num_columns)):
+            name, _, _ = column.path_in_schema.partition(".")
+            if name == "embedding" and column.num_values > group.num_rows * max(allowed, default=0):
                 expected = " or ".join(map(str, allowed))
-                said = (
-                    f"embedding: expected {expected} numbers in every row, got {column.num_values / group.num_rows:g}"
-                )
+                got = f"{column.num_values / group.num_rows:g}" if group.num_rows else "more"
+                said = f"embedding: expected {expected} numbers in every row, got {got}"
                 raise ApiError(400, "wrong_dimension", said)
+            most = max(_UNPACKED, _PACKED * min(column.total_compressed_size, size))
+            most = min(most, _TEXTS) if column.physical_type == "BYTE_ARRAY" else most
+            if name in _COLUMNS and column.total_uncompressed_size > most:
+                said = f"column {name}: expected at most {most:,} bytes in a row group, unpacked; write smaller ones"
+                raise ApiError(400, "invalid_parquet", said)
 
 
 def _require_short(column: Any, name: str, pa: Any) -> None:

@@ -48,13 +48,13 @@ class Vectors:
         held = self.require_store().dim
         return (held,) if held is not None else tuple(sorted(set(self.dimensions()) - {0}))
 
-    def checked(self, user_id: str, row: PutEmbedding, allowed: Sequence[int]) -> StoredVector:
-        """A vector as the store takes it. Raises ApiError 400."""
+    def checked(self, user_id: str, row: PutEmbedding, allowed: Sequence[int], at: datetime) -> StoredVector:
+        """A vector as the store takes it; ``at`` is its time where it names none. Raises ApiError 400."""
         if allowed and len(row.embedding) not in allowed:
             expected = " or ".join(map(str, allowed))
             said = f"embedding: expected {expected} numbers, got {len(row.embedding)}"
             raise ApiError(400, "wrong_dimension", said, "embedding")
-        time = row.timestamp or self.now()
+        time = row.timestamp or at
         self.require_time(time)
         try:
             with np.errstate(over="ignore"):
@@ -75,7 +75,7 @@ class Vectors:
         """Put one vector. Raises ApiError."""
 
         def work() -> tuple[StoredVector, Outcome]:
-            vector = self.checked(user_id, row, self.allowed_dimensions())
+            vector = self.checked(user_id, row, self.allowed_dimensions(), self.now())
             return vector, self.require_store().put(vector)
 
         return await self.call(work)
@@ -104,7 +104,11 @@ class Vectors:
         except StoreError:
             raise store_away() from None
         except DataError as error:
-            raise ApiError(400, "invalid_value", str(error)) from None
+            raise ApiError(400, "invalid_value", self.plain(error)) from None
+
+    def plain(self, error: DataError) -> str:
+        """What a store refuses, without the folder or host that it says first."""
+        return str(error) if self.store is None else str(error).removeprefix(f"{self.store.address}: ")
 
 
 def store_away() -> ApiError:
