@@ -74,7 +74,7 @@ def _distribution(body: bytes) -> dict[str, float]:
         return {str(token): float(value) for token, value in logprobs.items()}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise EngineError(
-            f"expected log-probabilities from the vLLM server, got {body[:80]!r}; use vLLM 0.24 or newer"
+            f"expected log-probabilities from the vLLM server, got {body[:80]!r}; vLLM 0.32 says them so"
         ) from None
 
 

@@ -130,7 +130,7 @@ def chunk_of(data: bytes, chat: bool, vocabulary: Vocabulary, top: int) -> Chunk
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise EngineError(
             f"expected a vLLM server's stream with token ids, got {data[:80]!r} ({type(error).__name__}); "
-            "use vLLM 0.24 or newer"
+            "vLLM 0.32 says them so"
         ) from None
 
 
