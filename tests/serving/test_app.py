@@ -175,6 +175,15 @@ def test_completions_whole_and_streamed(server: Server) -> None:
     assert chunks[0].e2p["arm"] == "null"
 
 
+def test_openais_client_goes_on_with_what_was_answered(server: Server) -> None:
+    """Its message has fields that say nothing, such as refusal: null, and more of them where it is made a dict."""
+    client = server.openai()
+    said = client.chat.completions.create(model="taste", messages=HELLO).choices[0].message
+    for turn in (said, said.model_dump(), {**said.model_dump(), "annotations": []}):
+        client.chat.completions.create(model="taste", messages=[*HELLO, turn, *HELLO])
+        assert [list(message) for message in server.engine.requests[-1].prompt] == [["role", "content"]] * 3
+
+
 class Odd(FakeEngine):
     """Says what a fake of words cannot."""
 
@@ -270,8 +279,14 @@ def _body(**fields: Any) -> dict[str, Any]:
         ({"messages": None}, (400, "invalid_value", "messages")),
         ({"messages": [{"role": "user"}]}, (400, "missing_required_parameter", "messages.0.content")),
         ({"messages": [{"role": "tool", "content": "x"}]}, (400, "invalid_value", "messages.0.role")),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, (400, "unknown_parameter", None)),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}]}, (400, "unsupported_parameter", None)),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, (400, "invalid_value", None)),
+        ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, (400, "unsupported_parameter", None)),
+        ({"messages": [{"role": "user", "content": ""}] * 2049}, (400, "invalid_value", "messages")),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 2049}]},
+            (400, "invalid_value", None),
+        ),
         ({"temperature": 3}, (400, "invalid_value", "temperature")),
         ({"temperature": "1"}, (400, "invalid_value", "temperature")),
         ({"top_p": -1}, (400, "invalid_value", "top_p")),

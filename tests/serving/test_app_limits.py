@@ -84,6 +84,26 @@ def test_a_client_that_leaves_within_its_body() -> None:
         assert server.engine.requests == []
 
 
+@pytest.mark.parametrize(
+    ("messages", "code"),
+    [
+        (b",".join([b"{}"] * 300_000), "missing_required_parameter"),
+        (b'{"role": "user", "content": [%s]}' % b",".join([b"0"] * 450_000), "invalid_value"),
+        (b'{"role": "user", "content": "x", %s}' % b",".join(b'"%d": 0' % at for at in range(80_000)), "invalid_value"),
+    ],
+    ids=["messages", "parts", "fields"],
+)
+def test_a_body_made_of_mistakes_holds_up_nobody(messages: bytes, code: str) -> None:
+    """If each were told, such a body would take 14 seconds and half a GiB, and everyone would wait."""
+    with serving() as server:
+        body = b'{"model": "taste", "messages": [%s]}' % messages
+        start = time.monotonic()
+        response = server.http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+        assert error_of(response)[:2] == (400, code)
+        assert time.monotonic() - start < 5
+        assert len(response.content) < 500
+
+
 # ---------------------------------------------------------------- the queue
 
 

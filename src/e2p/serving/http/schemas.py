@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,8 +15,10 @@ from e2p.serving.engine import Sampling
 from e2p.serving.http.errors import ApiError
 
 MAX_DIM = 65_536
+MAX_MESSAGES = 2048  # and parts of a message: empty ones cost time as well, which prompt_chars does not bound
+_MANY = 100  # mistakes that are not told one by one, since a body may be made of them
 UserId = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"\S")]
-Vector = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_DIM)]
+Vector = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_DIM, fail_fast=True)]
 Version = Annotated[str, Field(max_length=255)]
 
 # They change nothing about an answer, or say what is so anyway.
@@ -60,8 +63,14 @@ class Message(_Model):
     """A turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     name: str | None = None
+    # What OpenAI's client sends with an assistant's message that it was given.
+    refusal: None = None
+    annotations: Annotated[list[None], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     def plain(self) -> dict[str, str]:
         """As the chat template takes it."""
@@ -140,7 +149,7 @@ class _Asked(_Model):
 class ChatRequest(_Asked):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -186,6 +195,12 @@ class UploadRow(PutEmbedding):
 
 
 Model = TypeVar("Model", bound=BaseModel)
+_NUMBER = re.compile(r"\s*[+-]?\d[\d._]*(e[+-]?\d+)?\s*", re.IGNORECASE)
+_MISTAKES = {
+    "missing": ("missing_required_parameter", "expected this field, got none"),
+    "extra_forbidden": ("unknown_parameter", "this field is not known here; leave it out"),
+    "none_required": ("unsupported_parameter", "not supported here; leave it out"),
+}
 
 
 def parse(kind: type[Model], body: bytes) -> Model:
@@ -212,17 +227,18 @@ def check(kind: type[Model], value: Any) -> Model:
     if isinstance(value, Mapping):
         if issubclass(kind, _Asked):
             value = supported(kind, value)
-        if isinstance(value.get("timestamp"), int | float):  # seconds or milliseconds: not guessed
+        time = value.get("timestamp")  # a number may be seconds, milliseconds or a date: not guessed
+        if isinstance(time, int | float) or (isinstance(time, str) and _NUMBER.fullmatch(time)):
             raise ApiError(400, "invalid_type", "timestamp: expected a text such as 2024-05-01T12:00:00Z", "timestamp")
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
+        if error.error_count() > _MANY:
+            said = f"body: expected the fields of /openapi.json, got {error.error_count()} others; send what they say"
+            raise ApiError(400, "invalid_value", said) from None
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         param = ".".join(str(part) for part in first["loc"])[:200] or None
-        code = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}.get(
-            first["type"], "invalid_value"
-        )
-        said = "this field is not known here; leave it out" if code == "unknown_parameter" else first["msg"]
+        code, said = _MISTAKES.get(first["type"], ("invalid_value", first["msg"]))
         raise ApiError(400, code, f"{param or 'body'}: {said}", param) from None
 
 
