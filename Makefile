@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test redis lint format docs clean
+.PHONY: demo test test-vllm redis lint format docs clean
 
 demo: .venv/.installed
 	$(BIN)/e2p demo
 
 test: .venv/.installed-dev lint
 	$(BIN)/python -m pytest
+
+# Real vLLM servers on this machine's processors. vLLM wants other versions of libraries, so it has its own environment.
+test-vllm: .venv/.installed-dev .venv-vllm/.installed
+	E2P_TEST_VLLM=1 $(BIN)/python -m pytest -m vllm tests/vllm
 
 # The store's tests start a real Redis where its program is installed, and are skipped elsewhere.
 redis:
@@ -41,5 +45,10 @@ format: .venv/.installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@ .venv/.installed
 
+.venv-vllm/.installed: tests/vllm/install.py
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python tests/vllm/install.py
+	@touch $@
+
 clean:
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-vllm runs .mypy_cache .ruff_cache .pytest_cache
