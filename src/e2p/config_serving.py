@@ -37,8 +37,8 @@ class LimitsConfig:
         n: answers to one prompt.
         running: requests that the engine is given at once.
         waiting: requests that may wait for it; more get 429 with Retry-After.
-        seconds: from a request's arrival to the end of its answer, waiting included; then 504.
-        read_seconds: longest pause while a body arrives; then 408.
+        seconds: for a request's body to arrive, and from then to the end of its answer, waiting included; then 504.
+        read_seconds: longest pause while a body arrives, and how far it may be behind 1 KiB a second; then 408.
         ahead_seconds: how far ahead of this clock a vector's timestamp may be. One that is far ahead by mistake would
             keep out all later ones.
     """

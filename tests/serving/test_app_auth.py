@@ -175,6 +175,39 @@ def test_without_keys_a_page_that_points_here_by_its_own_name_is_refused(host: s
             assert error_of(response)[1] == "host_not_allowed"
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://localhost:3000", 200),
+        ("http://127.0.0.1:8000", 200),
+        ("http://[::1]:8000", 200),
+        ("http://evil.example", 403),
+        ("https://localhost.evil.example", 403),
+        ("http://evil.example:80#localhost", 403),
+        ("null", 403),
+    ],
+)
+def test_without_keys_a_page_from_elsewhere_sets_nothing_off(origin: str, status: int) -> None:
+    """A browser asks nobody before it sends such a request, though it keeps the answer from the page."""
+    with serving() as server:
+        response = server.http.post(
+            "/v1/models/taste/reload", headers={"origin": origin, "content-type": "text/plain"}, content=b""
+        )
+        assert response.status_code == status
+        assert server.http.get("/v1/models/taste").json()["e2p"]["revision"] == ("r2" if status == 200 else "r1")
+        if status == 403:
+            assert error_of(response)[1] == "origin_not_allowed"
+    with serving(keys=KEYS) as server:
+        headers = {"origin": origin, "authorization": f"Bearer {secret('all')}"}
+        assert server.http.post("/v1/models/taste/reload", headers=headers).status_code == 200
+
+
+def test_of_two_keys_neither_counts(server: Server) -> None:
+    both = [("authorization", f"Bearer {secret('all')}"), ("authorization", f"Bearer {secret('shop')}")]
+    for headers in (both, both[::-1]):
+        assert error_of(server.http.get("/v1/models", headers=headers)) == (401, "invalid_api_key", None)
+
+
 def test_any_host_will_do_with_keys_or_where_told() -> None:
     with serving(keys=KEYS) as server:
         headers = {"host": "models.example", "authorization": f"Bearer {secret('all')}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -75,6 +76,32 @@ def test_a_body_that_pauses_is_not_waited_for() -> None:
             status, body = status_of(line)
         assert (status, body["error"]["code"]) == (408, "body_timeout")
         assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("limits", [{"read_seconds": 0.3}, {"seconds": 0.3}])
+def test_a_body_that_trickles_is_not_waited_for(limits: dict[str, float]) -> None:
+    """A byte now and then is no pause, and would else hold a connection, or a place of the uploads, for ever."""
+    with serving(limits=LimitsConfig(**limits)) as server:
+        with raw(server, head("/v1/chat/completions", 100) + b'{"model":') as line:
+            stop = threading.Event()
+
+            def trickle() -> None:
+                with contextlib.suppress(OSError):
+                    while not stop.wait(0.05):
+                        line.sendall(b" ")
+
+            sending = threading.Thread(target=trickle)
+            sending.start()
+            start = time.monotonic()
+            top = line.recv(1000)
+            assert time.monotonic() - start < 3
+            stop.set()
+            sending.join()
+            while not top.endswith(b"}"):
+                assert (more := line.recv(1000))
+                top += more
+        assert top.startswith(b"HTTP/1.1 408 ")
+        assert b'"body_timeout"' in top
 
 
 def test_a_client_that_leaves_within_its_body() -> None:

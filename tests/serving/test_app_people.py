@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import openai
 import pytest
 
 from e2p.config_serving import PoliciesConfig
@@ -15,7 +16,7 @@ from e2p.errors import StoreError
 from e2p.serving.engine import AdapterInfo
 from e2p.serving.fake_engine import ADAPTERS, FakeEngine
 from e2p.users.store_memory import MemoryStore
-from served import Server, error_of, serving, stored
+from served import HELLO, Server, error_of, serving, stored
 
 PLAIN = AdapterInfo("plain", 3, (), False, "p1", 1, "before_completion")  # no null user, no versions
 
@@ -139,6 +140,16 @@ def test_a_blank_user_is_none(server: Server) -> None:
         assert error_of(server.http.delete(f"/v1/users/{path}/embedding"))[:2] == (400, "invalid_value")
 
 
+@pytest.mark.parametrize("user", ["caf%E9", "%FF", "a%C3", "%ED%A0%80", "a" * 1025])
+def test_an_id_that_no_request_could_name(user: str, server: Server) -> None:
+    """Bytes that are no UTF-8 would all be one and the same character, and so different users one user."""
+    expected = (400, "invalid_value", "user_id")
+    assert error_of(server.put(user)) == expected
+    assert error_of(server.http.get(f"/v1/users/{user}/embedding")) == expected
+    assert error_of(server.http.delete(f"/v1/users/{user}/embedding")) == expected
+    assert server.store.count() == 0
+
+
 def test_what_only_a_store_calls_blank(server: Server) -> None:
     assert error_of(server.chat(user="\x1c")) == (400, "invalid_value", "user")
     assert error_of(server.put("%1C"))[:2] == (400, "invalid_value")
@@ -159,6 +170,17 @@ def test_without_a_store_vectors_come_with_requests() -> None:
         assert server.chat(user="u1").json()["e2p"]["reason"] == "unknown_user"
         assert said(server.chat(e2p={"vector": [1, 2, 3]})) == "taste user 1 [1 2 3] hello"
         assert server.http.get("/readyz").status_code == 200
+
+
+def test_openais_client_does_not_ask_again_where_the_answer_would_be_the_same(server: Server) -> None:
+    server.put("u1", version="v2")
+    before = server.http.get("/metrics").text
+    with pytest.raises(openai.ConflictError) as refused:
+        server.openai(max_retries=2).chat.completions.create(model="taste", messages=HELLO, user="u1")
+    assert refused.value.code == "other_version"
+    line = 'e2p_requests_total{method="POST",route="/v1/chat/completions",status="409"} '
+    counts = [float((text.partition(line)[2] or "0").split()[0]) for text in (before, server.http.get("/metrics").text)]
+    assert counts[1] - counts[0] == 1
 
 
 # ---------------------------------------------------------------- what is told

@@ -18,10 +18,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
 
 from e2p.config import BackboneConfig
+from e2p.config_serving import ServingConfig
 from e2p.errors import AdapterError, ConfigError
-from e2p.serving.serve import backbone_of, listen
+from e2p.serving.fake_engine import FakeEngine
+from e2p.serving.serve import backbone_of, listen, serve_engine
 from e2p.users.store import StoredVector, open_store
 from served import HELLO
 from tiny_run import tiny_run, write_config
@@ -73,6 +76,25 @@ def test_a_server_says_where_it_is_finishes_what_runs_and_ends(tmp_path: Path) -
         assert [json.loads(each)["status"] for each in log.splitlines()] == [200, 200]
     with open_store(str(tmp_path / "store"), create=False) as store:
         assert store.get("u1").embedding.tolist() == [1, 2, 3]
+
+
+def test_headers_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reaches the port may send them; httptools, which uvicorn takes where it is installed, keeps them all."""
+    seen: list[str] = []
+
+    async def look(server: uvicorn.Server, sockets: Any) -> None:
+        seen.append(str(server.config.http))
+
+    monkeypatch.delenv("E2P_KEYS", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(uvicorn.Server, "serve", look)
+        serve_engine(FakeEngine, ServingConfig(port=0))
+    assert seen == ["h11"]
+    with process("-c", FAKE, str(tmp_path / "store")) as (_, line):
+        host, port = line.split("/v1 ")[0].removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx: " + b"x" * 100_000)
+            assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
 
 
 def test_ctrl_c_ends_it_too(tmp_path: Path) -> None:

@@ -147,9 +147,11 @@ async def _run(
     if playground is not None:
         add_playground(app, playground)
     options: dict[str, Any] = {"access_log": False, "log_config": None, "server_header": False, "lifespan": "on"}
+    options |= {"ws": "none", "http": "h11"}  # httptools, taken where it is installed, has no bound on headers
     # uvicorn waits for running requests first; only then does the application stop the engine.
     grace = max(1, round(config.grace_seconds))
-    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, ws="none", **options))
+    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, **options))
+    listener.listen(2048)  # as uvicorn will; who reads the line may connect at once
     _say(config, engine, store, bool(keys), listener.getsockname()[1], playground is not None)
     await server.serve(sockets=[listener])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
+from urllib.parse import unquote_to_bytes
 
 from fastapi import APIRouter, Depends, FastAPI, Query
 from fastapi.exceptions import RequestValidationError
@@ -22,7 +23,7 @@ from e2p.serving.http.limits import read_body, require_type, stream_body
 from e2p.serving.http.openapi import document, errors, json_body, upload_body
 from e2p.serving.http.people import iso
 from e2p.serving.http.responses import JSON, Edge, on_api_error, on_http_error, record_of
-from e2p.serving.http.schemas import ChatRequest, CompletionRequest, PutEmbedding, parse
+from e2p.serving.http.schemas import MAX_ID, ChatRequest, CompletionRequest, PutEmbedding, parse
 from e2p.serving.http.service import Service
 from e2p.serving.http.uploads import NDJSON, PARQUET, upload_lines, upload_parquet
 from e2p.serving.http.vectors import told
@@ -78,13 +79,29 @@ def allowed(scope: str | None) -> Callable[[Request], Awaitable[Key]]:
     """The check of a route's key, which comes before its body is read; None: any key will do."""
 
     async def check(request: Request) -> Key:
-        key = authenticate(service_of(request).keys, request.headers.get("authorization"), scope)
+        given = request.headers.getlist("authorization")  # of several, one in front of this server may mean another
+        key = authenticate(service_of(request).keys, given[0] if len(given) == 1 else None, scope)
         if "user_id" in request.path_params:
-            record_of(request).facts["user"] = request.path_params["user_id"]
-            key.require_user(request.path_params["user_id"])
+            user = user_in_path(request)
+            record_of(request).facts["user"] = user
+            key.require_user(user)
         return key
 
     return check
+
+
+def user_in_path(request: Request) -> str:
+    """The id that a path names. Raises ApiError 400 for one that no request for an answer could name."""
+    user: str = request.path_params["user_id"]
+    try:
+        unquote_to_bytes(request.scope.get("raw_path") or b"").decode()
+    except UnicodeDecodeError:  # decoded with U+FFFD in place of such bytes, so that two ids could be one
+        said = "user_id: expected UTF-8, percent-encoded, got other bytes"
+        raise ApiError(400, "invalid_value", said, "user_id") from None
+    if len(user) > MAX_ID:
+        said = f"user_id: expected at most {MAX_ID} characters, got {len(user)}"
+        raise ApiError(400, "invalid_value", said, "user_id")
+    return user
 
 
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}

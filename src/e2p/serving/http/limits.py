@@ -16,32 +16,42 @@ from e2p.config_serving import LimitsConfig
 from e2p.serving.http.errors import ApiError
 
 T = TypeVar("T")
+_PACE = 1024  # bytes a second, which a body may be ``read_seconds`` behind
 
 
 async def read_body(request: Request, limits: LimitsConfig) -> bytes:
-    """The body, refused as soon as it is too large. Raises ApiError 408, 413, 415 or 499."""
+    """The body, refused as soon as it is too large or too late. Raises ApiError 408, 413, 415 or 499."""
     require_type(request, "application/json")
-    parts = [part async for part in stream_body(request, limits.body_bytes, limits.read_seconds)]
+    try:
+        async with asyncio.timeout(limits.seconds):
+            parts = [part async for part in stream_body(request, limits.body_bytes, limits.read_seconds)]
+    except TimeoutError:
+        raise too_slow(f"took more than {limits.seconds:g} seconds") from None
     return b"".join(parts)
 
 
 async def stream_body(request: Request, limit: int, pause: float) -> AsyncIterator[bytes]:
-    """The body as it arrives. Raises ApiError 413 beyond ``limit`` bytes and 408 after a pause of so many seconds."""
+    """The body as it arrives.
+
+    Raises:
+        ApiError: 413 beyond ``limit`` bytes; 408 after a pause of so many seconds, or where all pauses together are so
+            much more than 1 KiB a second would make: who sends a byte now and then would else stay for ever.
+    """
     told = request.headers.get("content-length", "")
     if told.isdigit() and int(told) > limit:
         raise too_large(limit)
-    size, stream = 0, request.stream()
+    size, waited, stream = 0, 0.0, request.stream()
     while True:
+        start = time.monotonic()
         try:
-            part = await asyncio.wait_for(anext(stream), pause)
+            part = await asyncio.wait_for(anext(stream), min(pause, pause + size / _PACE - waited))
         except StopAsyncIteration:
             return
         except TimeoutError:
-            said = f"the body paused for more than {pause:g} seconds; send it again"
-            raise ApiError(408, "body_timeout", said, headers={"Connection": "close"}) from None
+            raise too_slow(f"paused for more than {pause:g} seconds, or came slower than 1 KiB a second") from None
         except ClientDisconnect:
             raise client_gone() from None
-        size += len(part)
+        size, waited = size + len(part), waited + time.monotonic() - start
         if size > limit:
             raise too_large(limit)
         if part:
@@ -60,6 +70,11 @@ def too_large(limit: int) -> ApiError:
     """Error 413. The rest of the body is not read, so the connection ends."""
     said = f"expected a body of at most {limit:,} bytes, got more; send less at once"
     return ApiError(413, "body_too_large", said, headers={"Connection": "close"})
+
+
+def too_slow(what: str) -> ApiError:
+    """Error 408. The rest of the body is not read, so the connection ends."""
+    return ApiError(408, "body_timeout", f"the body {what}; send it again", headers={"Connection": "close"})
 
 
 def client_gone() -> ApiError:

@@ -37,7 +37,9 @@ async def on_api_error(request: Request, error: Exception) -> Response:
     """An error in OpenAI's form."""
     assert isinstance(error, ApiError)
     record_of(request).facts.setdefault("error", error.code)
-    return JSON(error.body(), error.status, headers=dict(error.headers))
+    # OpenAI's client sends a request again at 409, which here would say the same again.
+    again = {"x-should-retry": "false"} if error.status == 409 else {}
+    return JSON(error.body(), error.status, headers={**error.headers, **again})
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
@@ -82,8 +84,12 @@ class Edge:
             host = _header(scope["headers"], b"host")
             if not self.service.trusts(host):
                 raise ApiError(403, "host_not_allowed", "without keys, this server answers to localhost alone")
+            origin = _header(scope["headers"], b"origin")
+            if origin and not self.service.trusts(origin.partition("://")[2]):
+                raise ApiError(403, "origin_not_allowed", "without keys, this server answers to no page from elsewhere")
             await self.app(scope, receive, answer)
         except ApiError as error:
+            record.facts.setdefault("error", error.code)
             if not started:
                 await JSON(error.body(), error.status, headers=dict(error.headers))(scope, receive, answer)
         except Exception as error:

@@ -14,10 +14,10 @@ from e2p.data.templates import Prompt
 from e2p.serving.engine import Sampling
 from e2p.serving.http.errors import ApiError
 
-MAX_DIM = 65_536
+MAX_DIM, MAX_ID = 65_536, 1024
 MAX_MESSAGES = 2048  # and parts of a message: empty ones cost time as well, which prompt_chars does not bound
 _MANY = 100  # mistakes that are not told one by one, since a body may be made of them
-UserId = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"\S")]
+UserId = Annotated[str, Field(min_length=1, max_length=MAX_ID, pattern=r"\S")]
 Vector = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_DIM, fail_fast=True)]
 Version = Annotated[str, Field(max_length=255)]
 
