@@ -2,8 +2,8 @@
 
     python benchmarks/nextitem_levels.py beauty
 
-Reads a run of benchmarks/nextitem.py, scores validation queries, and writes results/nextitem_levels_<name>.json. The hit
-rate is the expected one of independent draws, E[1 - (1 - p)^30], p being the probability of the true item's codes.
+Reads a run of benchmarks/nextitem.py, scores validation queries, and writes results/nextitem_levels_<name>.json. The
+hit rate is the expected one of independent draws, E[1 - (1 - p)^30], p being the probability of the true item's codes.
 """
 
 from __future__ import annotations
