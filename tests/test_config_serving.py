@@ -46,6 +46,36 @@ def test_settings_go_out_and_come_back(tmp_path: Path) -> None:
     assert settings(str(path)) == (config, "")
 
 
+def test_vllms_servers_are_named_one_by_one() -> None:
+    config, run = settings(
+        *("runs/taste", "--engine", "vllm", "--upstreams", "http://a:1", "--upstreams", "https://b/x"),
+        *("--vllm.cache", "users"),
+    )
+    assert (run, config.engine, config.upstreams) == ("runs/taste", "vllm", ["http://a:1", "https://b/x"])
+    assert config.vllm.cache == "users"
+    yaml_text = "engine: vllm\nupstreams: [http://a:1]\nvllm: {fallbacks: [http://c:1], attempts: 3}\n"
+    read = serving_from_dict(yaml.safe_load(yaml_text))
+    assert (read.vllm.fallbacks, read.vllm.attempts) == (["http://c:1"], 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("engine: vllm", "upstreams: expected the address of a vLLM server with --engine vllm, got []"),
+        ("upstreams: [http://a:1]", "upstreams: expected none without --engine vllm, got ['http://a:1']"),
+        ("{engine: vllm, upstreams: [a:1]}", "upstreams: expected an address such as http://10.0.0.5:8000, got 'a:1'"),
+        ("{engine: vllm, upstreams: ['http://u:p@a']}", "upstreams: expected an address"),
+        ("vllm: {attempts: 0}", "vllm.attempts: expected a whole number >= 1, got 0"),
+        ("vllm: {fallbacks: [x]}", "vllm.fallbacks: expected an address"),
+        ("vllm: {pause_seconds: 0}", "vllm.pause_seconds: expected a number > 0, got 0"),
+    ],
+)
+def test_mistakes_about_vllm_are_told(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        serving_from_dict(yaml.safe_load(text))
+    assert message in str(caught.value)
+
+
 def test_a_yaml_as_people_write_it(tmp_path: Path) -> None:
     path = tmp_path / "serving.yaml"
     path.write_text(

@@ -56,6 +56,7 @@ COMMANDS = {
         "e2p.bench.scale", "bench", "a large catalogue's trie, and the join of many vectors by time"
     ),
     "bench serve": Command("e2p.bench.serve", "bench", "many users answered at once, and one after the other"),
+    "bench vllm": Command("e2p.bench.vllm", "bench", "a gateway over vLLM, and vLLM asked directly"),
     "bench store": Command("e2p.bench.store", "bench", "import, reads and writes of the online store at many users"),
 }
 BAD_INPUT = 2

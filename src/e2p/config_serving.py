@@ -216,9 +216,11 @@ class ServingConfig:
         require(len(set(names)) == len(names), "adapters", "every name once", ", ".join(names))
         _require_addresses("upstreams", self.upstreams)
         if self.engine == "vllm":
-            require(bool(self.upstreams), "upstreams", "the address of a vLLM server with --engine vllm", "none")
+            require(
+                bool(self.upstreams), "upstreams", "the address of a vLLM server with --engine vllm", self.upstreams
+            )
         else:
-            require(not self.upstreams, "upstreams", "none without --engine vllm", ", ".join(self.upstreams))
+            require(not self.upstreams, "upstreams", "none without --engine vllm", self.upstreams)
 
     def folders(self, run: str = "") -> dict[str, str]:
         """Folder of every adapter by the name that requests call it, that of ``run`` first.
