@@ -26,7 +26,7 @@ from e2p.errors import AdapterError, ConfigError
 from e2p.serving.fake_engine import FakeEngine
 from e2p.serving.serve import backbone_of, listen, serve_engine
 from e2p.users.store import StoredVector, open_store
-from served import HELLO
+from served import HELLO, error_of
 from tiny_run import tiny_run, write_config
 
 FAKE = """
@@ -34,7 +34,8 @@ import sys
 from e2p.config_serving import ServingConfig
 from e2p.serving.fake_engine import FakeEngine
 from e2p.serving.serve import serve_engine
-serve_engine(lambda: FakeEngine(delay=0.05), ServingConfig(port=0, store=sys.argv[1], grace_seconds=5))
+grace = float(sys.argv[2]) if len(sys.argv) > 2 else 5
+serve_engine(lambda: FakeEngine(delay=0.05), ServingConfig(port=0, store=sys.argv[1], grace_seconds=grace))
 """
 
 
@@ -76,6 +77,29 @@ def test_a_server_says_where_it_is_finishes_what_runs_and_ends(tmp_path: Path) -
         assert [json.loads(each)["status"] for each in log.splitlines()] == [200, 200]
     with open_store(str(tmp_path / "store"), create=False) as store:
         assert store.get("u1").embedding.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_takes_too_long_to_finish_is_told_so(stream: bool, tmp_path: Path) -> None:
+    with process("-c", FAKE, str(tmp_path / "store"), "1") as (server, line):
+        base = line.split("/v1 ")[0]
+        words = [{"role": "user", "content": "word " * 400}]  # 20 seconds
+        asked: dict[str, Any] = {"model": "taste", "messages": words, "max_tokens": 400, "stream": stream}
+        timer = threading.Timer(1, server.send_signal, [signal.SIGTERM])
+        timer.start()
+        with httpx.Client(base_url=base, timeout=20) as http:
+            if stream:
+                with pytest.raises(
+                    httpx.RemoteProtocolError
+                ):  # an answer that is cut off is never taken for a whole one
+                    http.post("/v1/chat/completions", json=asked)
+            else:
+                assert error_of(http.post("/v1/chat/completions", json=asked)) == (503, "stopping", None)
+        assert server.wait(20) == 0
+        log = server.stderr.read()
+        assert "Traceback" not in log
+        (told,) = [json.loads(each) for each in log.splitlines() if each.startswith("{")]
+        assert (told["status"], told["error"]) == (200 if stream else 503, "stopping")
 
 
 def test_headers_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,11 @@ class Edge:
             record.facts.setdefault("error", error.code)
             if not started:
                 await JSON(error.body(), error.status, headers=dict(error.headers))(scope, receive, answer)
+        except asyncio.CancelledError:  # the server's, which stops and has waited long enough: no error of ours
+            stopping = ApiError(503, "stopping", "this server stops; try again", headers={"Retry-After": "1"})
+            record.facts["error"] = stopping.code
+            if not started:
+                await JSON(stopping.body(), 503, headers=dict(stopping.headers))(scope, receive, answer)
         except Exception as error:
             self.service.telemetry.failed(record, error)
             record.facts["error"] = "internal_error"
