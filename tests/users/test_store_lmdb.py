@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -256,6 +257,23 @@ def test_what_is_acknowledged_is_on_disk_unless_less_is_asked_for(tmp_path: Path
             open_store(str(tmp_path / "s"))
     with opened(tmp_path / "s") as store:
         assert store.count() == 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc which folders were synced")
+def test_a_new_stores_name_is_on_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut may lose the whole folder, whose file was written so carefully."""
+    synced: list[Path] = []
+    real = os.fsync
+
+    def sync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with opened(tmp_path / "a" / "b" / "s"):
+        assert synced == [tmp_path / "a" / "b" / "s", tmp_path / "a" / "b", tmp_path / "a", tmp_path]
+    with opened(tmp_path / "a" / "b" / "s"), opened(tmp_path / "other", durable=False):
+        assert len(synced) == 4
 
 
 # ---------------------------------------------------------------- kill -9

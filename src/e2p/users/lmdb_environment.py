@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -187,6 +187,7 @@ def acquire(folder: Path, *, create: bool, durable: bool) -> Environment:
             found = min(files) if files else "a file"
             raise StoreError(f"{folder}: expected a store or an empty folder, found {found}; name another folder")
     with _OPENING:
+        absent = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             status = folder.stat()
@@ -199,6 +200,8 @@ def acquire(folder: Path, *, create: bool, durable: bool) -> Environment:
             found_env = None
         if found_env is None:
             found_env = _OPEN[key] = Environment(folder, durable)
+            if durable and "data.mdb" not in files:
+                _sync_names([folder, *(path.parent for path in absent)])
         elif durable and not found_env.durable:
             raise StoreError(f"{folder}: is open in this process with durable=False; close it first")
         found_env.holders += 1
@@ -213,6 +216,17 @@ def release(environment: Environment) -> None:
             for key in [key for key, value in _OPEN.items() if value is environment]:
                 del _OPEN[key]
             environment.close()
+
+
+def _sync_names(folders: Iterable[Path]) -> None:
+    """A file's name is safe when its folder is: LMDB syncs what is in the file alone."""
+    for folder in folders if hasattr(os, "O_DIRECTORY") else ():
+        with contextlib.suppress(OSError):  # some file systems cannot, and some folders may not be read
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _size(folder: Path) -> int:
