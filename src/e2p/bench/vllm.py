@@ -2,10 +2,11 @@
 
 Sides, in alternating rounds, against the same server, always the likeliest token. ``direct``: prompts as embeddings,
 made beforehand, sent to the server by this process. ``gateway``: the same users and prompts by OpenAI's API, sent to an
-`e2p serve` process of its own, which sends the server the same embeddings. ``same_prompt``: through the gateway, every
-user with the same long prompt and a short answer, the soft token right before it. ``same_prompt_start``: the same with
-the soft token at the start, so that the server reads the prompt for every user. Each round has prompts and users of its
-own, which the server has never seen.
+`e2p serve` process of its own, which sends the server the same embeddings. ``direct_alone``, ``gateway_alone``: one
+after the other, with an answer of one token. ``same_prompt``: through the gateway, every user with the same long
+prompt and a short answer, the soft token right before it. ``same_prompt_start``: the same with the soft token at the
+start, so that the server reads the prompt for every user. Each round has prompts and users of its own, which the server
+has never seen.
 
 phi is untrained: it costs the same. Where all processes share a machine's processors, the gateway takes from the
 server's; on machines of their own it would not.
@@ -39,8 +40,9 @@ from e2p.provenance import hide_paths, provenance
 from e2p.serving.engine import Sampling
 from e2p.serving.vllm_wire import embeds_body, how
 
-SIDES = ("direct", "gateway", "same_prompt", "same_prompt_start")
-PAIRS = (("gateway", "direct"), ("same_prompt", "same_prompt_start"))
+SIDES = ("direct", "gateway", "direct_alone", "gateway_alone", "same_prompt", "same_prompt_start")
+_ALONE = ("direct_alone", "gateway_alone")  # one after the other
+PAIRS = (("gateway", "direct"), ("gateway_alone", "direct_alone"), ("same_prompt", "same_prompt_start"))
 _POSITIONS: dict[str, Position] = {"answer": "before_completion", "start": "after_bos"}
 _DIMENSION = 64
 
@@ -106,7 +108,7 @@ def bench(
                 sides = world.round(upstream, address)
                 for side in SIDES:
                     start = now()[0]
-                    told = asyncio.run(_all(sides[side]))
+                    told = asyncio.run(_all(sides[side], side in _ALONE))
                     took = now()[0] - start
                     if number:
                         seconds[side].append(took)
@@ -140,7 +142,7 @@ def bench(
             for side, base in PAIRS
         },
         "gateway_adds_to_first_token_seconds": spread(
-            [a - b for a, b in zip(firsts["gateway"], firsts["direct"], strict=True)]
+            [a - b for a, b in zip(firsts["gateway_alone"], firsts["direct_alone"], strict=True)]
         ),
     }
     console.print(result["ratios"], result["gateway_adds_to_first_token_seconds"])
@@ -174,12 +176,14 @@ class _World:
         vectors = self._rng.normal(size=(users, _DIMENSION)).astype(np.float32)
         # Other prompts of the same lengths for the second of two sides: the server keeps what it has read.
         same = [self._prompt(sizes["same_prompt_tokens"]) for _ in range(2)]
-        few = sizes["same_prompt_new_tokens"]
+        few, many = sizes["same_prompt_new_tokens"], sizes["new_tokens"]
+        alone = [self._prompt(sizes["prompt_tokens"]) for _ in range(users)]
         return {
-            "direct": [self._direct(upstream, p, v) for p, v in zip(own, vectors, strict=True)],
-            "gateway": [
-                self._by_gateway(gateway, "answer", p, v, sizes["new_tokens"])
-                for p, v in zip(own, vectors, strict=True)
+            "direct": [self._direct(upstream, p, v, many) for p, v in zip(own, vectors, strict=True)],
+            "gateway": [self._by_gateway(gateway, "answer", p, v, many) for p, v in zip(own, vectors, strict=True)],
+            "direct_alone": [self._direct(upstream, p, v, 1) for p, v in zip(alone, vectors, strict=True)],
+            "gateway_alone": [
+                self._by_gateway(gateway, "answer", p, v, 1) for p, v in zip(alone, vectors, strict=True)
             ],
             "same_prompt": [self._by_gateway(gateway, "answer", same[0], v, few) for v in vectors],
             "same_prompt_start": [self._by_gateway(gateway, "start", same[1], v, few) for v in vectors],
@@ -190,12 +194,12 @@ class _World:
         return _text(self._models["answer"].encoder, words, tokens)
 
     @torch.no_grad()
-    def _direct(self, upstream: str, prompt: str, vector: np.ndarray[Any, Any]) -> _Asked:
+    def _direct(self, upstream: str, prompt: str, vector: np.ndarray[Any, Any], tokens: int) -> _Asked:
         model = self._models["answer"]
         ids = model.encoder.prompt(prompt).ids
         embeds = torch.cat([self._backbone.embed(torch.tensor(ids)), model.prefix([vector], 1)[0]])
         # What the server keeps of it must not serve the gateway, and the other way round.
-        fields = how(Sampling(self.sizes["new_tokens"], 0.0), "", self._backbone.ends(), "direct", chat=False)
+        fields = how(Sampling(tokens, 0.0), "", self._backbone.ends(), "direct", chat=False)
         del fields["model"]
         return _Asked(f"{upstream}/v1/completions", embeds_body(embeds, fields), frozenset(self._backbone.ends()))
 
@@ -212,12 +216,14 @@ class _World:
         return _Asked(f"{gateway}/chat/completions", json.dumps(body).encode())
 
 
-async def _all(asked: Sequence[_Asked]) -> list[_Told]:
+async def _all(asked: Sequence[_Asked], alone: bool) -> list[_Told]:
     try:
         import httpx
     except ImportError:
         raise MissingExtraError("httpx", "vllm", "the bench of vLLM") from None
     async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None), trust_env=False) as client:
+        if alone:
+            return [await _one(client, each) for each in asked]
         return list(await asyncio.gather(*(_one(client, each) for each in asked)))
 
 

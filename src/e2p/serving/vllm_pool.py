@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("e2p")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0  # seconds between two looks at a server that is away
+_START = 20.0  # seconds that a server which is silent is waited for in the beginning
 FORMS = ("template", "turn")  # how soft tokens may travel in a chat; see vllm_chat
 
 
@@ -100,9 +101,13 @@ class Pool:
         )
 
     async def start(self) -> None:
-        """Look at all servers once, and from then on again and again. Those that are away are waited for later."""
+        """Look at all servers, now and from then on. Returns when each has been looked at, or some time has passed."""
         self._watchers = [asyncio.create_task(self._watch(upstream)) for upstream in self.upstreams]
-        await asyncio.gather(*(upstream.looked.wait() for upstream in self.upstreams))
+        looks = [asyncio.create_task(upstream.looked.wait()) for upstream in self.upstreams]
+        if looks:
+            _, late = await asyncio.wait(looks, timeout=_START)
+            for look in late:
+                look.cancel()
 
     async def stop(self) -> None:
         """Look no more, and close all connections."""
@@ -166,6 +171,11 @@ class Pool:
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             self.suspect(upstream, _reason(error))
             raise Unreachable(f"expected a vLLM server, got no connection ({_reason(error)})") from None
+        except httpx.ReadTimeout:
+            # Too much to do is no reason to be given nothing any more: its health decides.
+            upstream.failures += 1
+            upstream.wake.set()
+            raise EngineError("expected a vLLM server to go on, got: silence; try again") from None
         except httpx.TransportError as error:
             self.suspect(upstream, _reason(error))
             raise EngineError(f"expected a vLLM server to go on, got: {_reason(error)}; try again") from None
