@@ -25,6 +25,7 @@ from e2p.serving.engine import (
     TokenLogprob,
 )
 from e2p.serving.fake_engine import ADAPTERS, Failure, FakeEngine
+from e2p.serving.http import streams
 from served import HELLO, Server, error_of, serving
 
 
@@ -98,6 +99,22 @@ def test_logprobs_of_chat(server: Server) -> None:
     assert answer.choices[0].logprobs.content[0].top_logprobs == []
     answer = server.openai().chat.completions.create(model="taste", messages=HELLO)
     assert answer.choices[0].logprobs is None
+
+
+def test_logprobs_of_a_long_answer_are_made_as_they_come(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of 16,384 tokens, all at once at the end, would hold up everyone else for seconds."""
+    seen: list[int] = []
+    real = streams._chat_rows
+
+    def rows(tokens: Any) -> Any:
+        seen.append(len(tokens))
+        return real(tokens)
+
+    monkeypatch.setattr(streams, "_chat_rows", rows)
+    server.engine.queue("one two three four")
+    body = server.chat(logprobs=True, top_logprobs=1).json()
+    assert [row["token"] for row in body["choices"][0]["logprobs"]["content"]] == ["one", " two", " three", " four"]
+    assert seen == [1, 1, 1, 1]
 
 
 def test_messages_in_parts_and_a_developers_turn(server: Server) -> None:

@@ -73,12 +73,13 @@ class Reply:
 async def whole(reply: Reply, events: AsyncGenerator[Event, None]) -> dict[str, Any]:
     """The response that is not streamed."""
     texts, reasons = [""] * reply.n, ["stop"] * reply.n
-    tokens: list[list[TokenLogprob]] = [[] for _ in range(reply.n)]
+    tokens: list[list[Any]] = [[] for _ in range(reply.n)]
     async for event in events:
         reply.seen(event)
         if isinstance(event, Delta):
             texts[event.index] += event.text
-            tokens[event.index] += event.logprobs
+            # As they come: of a long answer, all at the end would hold up everyone else.
+            tokens[event.index] += _chat_rows(event.logprobs) if reply.chat else event.logprobs
         elif isinstance(event, Finished):
             reasons[event.index] = event.reason
     choices = []
@@ -89,7 +90,8 @@ async def whole(reply: Reply, events: AsyncGenerator[Event, None]) -> dict[str, 
         else:
             choice["text"] = text
         if reply.logprobs:
-            choice["logprobs"] = _chat_logprobs(tokens[index]) if reply.chat else _text_logprobs(tokens[index], 0)
+            told = tokens[index]
+            choice["logprobs"] = {"content": told, "refusal": None} if reply.chat else _text_logprobs(told, 0)
         choices.append(choice)
     return {**reply.head(chunk=False), "choices": choices, "usage": reply.usage(), "e2p": reply.person.told()}
 
@@ -146,11 +148,14 @@ def _frame(value: dict[str, Any]) -> bytes:
 
 
 def _chat_logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
+    return {"content": _chat_rows(tokens), "refusal": None}
+
+
+def _chat_rows(tokens: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
     def one(token: str, logprob: float) -> dict[str, Any]:
         return {"token": token, "logprob": max(logprob, _LEAST), "bytes": list(token.encode())}
 
-    rows = [{**one(t.token, t.logprob), "top_logprobs": [one(*pair) for pair in t.top]} for t in tokens]
-    return {"content": rows, "refusal": None}
+    return [{**one(t.token, t.logprob), "top_logprobs": [one(*pair) for pair in t.top]} for t in tokens]
 
 
 def _text_logprobs(tokens: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
