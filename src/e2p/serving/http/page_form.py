@@ -22,7 +22,8 @@ footer { display: none !important; }
   background: var(--block-background-fill); box-shadow: 0 1px 3px rgba(0, 0, 0, .12); gap: .5rem; }
 .e2p-asking { align-items: flex-end; }
 .e2p-asking button { height: 44px; margin-bottom: 4px; }
-.e2p-column .block { padding: 0; border: none; box-shadow: none; }
+.e2p-column label > span, .e2p-column .label-wrap { color: var(--e2p-tone); font-weight: 650; }
+.e2p-about { min-height: 5.4rem; }
 .e2p-answer { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 1.06rem; line-height: 1.5;
   min-height: 5.2rem; }
 .e2p-foot, .e2p-line { font-size: .82rem; opacity: .78; margin: .2rem 0 0; overflow-wrap: anywhere; }
@@ -83,12 +84,8 @@ def form(page: Page) -> Any:
                 ask = gr.Button("Ask", variant="primary", scale=1, min_width=90, elem_id="e2p-ask")
                 stop = gr.Button("Stop", scale=0, min_width=70, elem_id="e2p-stop")
             examples = gr.Dataset(components=[prompt], samples=[], label="or", visible=False, show_label=False)
-            strength = gr.Slider(
-                0, 2, 1, step=0.05, label="How much of the person", elem_id="e2p-strength",
-                info="0: the null user, the same for everyone · 1: as trained · beyond 1: exaggerated",
-            )  # fmt: skip
             users, profiles, answers = [], [], []
-            with gr.Row():
+            with gr.Row(equal_height=True):
                 for label, _ in COLUMNS:
                     classes = ["e2p-column", f"e2p-{label}"]
                     with gr.Column(elem_classes=classes, min_width=250, elem_id=f"e2p-column-{label}") as column:
@@ -98,17 +95,26 @@ def form(page: Page) -> Any:
                                 label=f"User {label} · pick one, or type any id",
                             )
                         )  # fmt: skip
-                        profiles.append(gr.HTML(elem_id=f"e2p-about-{label}"))
+                        profiles.append(gr.HTML(elem_id=f"e2p-about-{label}", elem_classes="e2p-about"))
                         answers.append(gr.HTML(elem_id=f"e2p-answer-{label}"))
-            places = gr.HTML(elem_id="e2p-places")
-            with gr.Accordion("Settings", open=False), gr.Row():
-                adapter = gr.Dropdown([], value=None, allow_custom_value=True, label="Adapter", elem_id="e2p-adapter")
-                heat = gr.Slider(0, 2, 0, step=0.1, label="Temperature", elem_id="e2p-temperature")
-                longest = gr.Slider(
-                    1, limits.max_tokens, min(64, limits.max_tokens), step=1, label="Longest answer, tokens"
-                )
-                seed = gr.Number(0, precision=0, label="Seed, the same for all")
-                third = gr.Checkbox(True, label="A third column", elem_id="e2p-third")
+            with gr.Row():
+                with gr.Column(scale=4, min_width=300):
+                    strength = gr.Slider(
+                        0, 2, 1, step=0.05, label="How much of the person", elem_id="e2p-strength",
+                        info="0: the null user, the same for all · 1: as trained · 2: exaggerated",
+                    )  # fmt: skip
+                    with gr.Accordion("Settings", open=False):
+                        adapter = gr.Dropdown(
+                            [], value=None, allow_custom_value=True, label="Adapter", elem_id="e2p-adapter"
+                        )
+                        heat = gr.Slider(0, 2, 0.7, step=0.1, label="Temperature", elem_id="e2p-temperature")
+                        longest = gr.Slider(
+                            1, limits.max_tokens, min(64, limits.max_tokens), step=1, label="Longest answer, tokens"
+                        )
+                        seed = gr.Number(0, precision=0, label="Seed, the same for all")
+                        third = gr.Checkbox(True, label="A third column", elem_id="e2p-third")
+                with gr.Column(scale=6, min_width=300):
+                    places = gr.HTML(elem_id="e2p-places")
 
         filled = [note, gate, body, adapter, *users, prompt, examples, strength]
         looks: dict[str, Any] = {"inputs": [key, adapter, third, *users], "outputs": [places, *profiles], **own}
