@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/e2p demo
 
+# One process for each core; a file's tests stay in one, since they share what they prepare.
 test: .venv/.installed-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Real vLLM servers on this machine's processors. vLLM wants other versions of libraries, so it has its own environment.
 test-vllm: .venv/.installed-dev .venv-vllm/.installed
