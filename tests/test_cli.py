@@ -98,7 +98,7 @@ def test_the_version_is_said(run: Run) -> None:
     ("words", "message"),
     [
         (["nonsense"], "expected a command (demo, prepare table"),
-        (["prepare"], "expected a command (prepare table, prepare personachat, prepare music, prepare nextitem, prepare"),
+        (["prepare"], "expected a command (prepare table, prepare personachat, prepare music, prepare nextitem, "),
         (["prepare", "nonsense"], "got 'prepare nonsense'"),
         (["evaluate"], "required: runs"),
         (["evaluate", "a", "b", "--seed", "1"], "unrecognized arguments: --seed=1"),
