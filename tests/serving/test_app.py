@@ -477,6 +477,6 @@ def test_a_prompt_may_be_too_long() -> None:
 def test_no_websockets_and_no_cross_origin(server: Server) -> None:
     headers = {"origin": "http://evil.example", "access-control-request-method": "POST"}
     response = server.http.options("/v1/chat/completions", headers=headers)
-    assert response.status_code == 405
+    assert response.status_code == 403
     assert not [name for name in response.headers if name.startswith("access-control")]
     assert isinstance(response, httpx.Response)

@@ -98,7 +98,8 @@ def test_a_body_that_trickles_is_not_waited_for(limits: dict[str, float]) -> Non
             stop.set()
             sending.join()
             while not top.endswith(b"}"):
-                assert (more := line.recv(1000))
+                more = line.recv(1000)
+                assert more
                 top += more
         assert top.startswith(b"HTTP/1.1 408 ")
         assert b'"body_timeout"' in top

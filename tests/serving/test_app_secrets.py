@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 
 import pytest
 
@@ -121,7 +122,10 @@ def test_metrics_count_what_happens() -> None:
         server.http.get("/nowhere")
         server.engine.queue(Failure(EngineError("away"), after=2))
         server.chat(stream=True)  # two more tokens, though the answer has no end
-        text = server.http.get("/metrics").text
+        done = 'e2p_requests_total{method="POST",route="/v1/chat/completions",status="200"} 4.0'
+        until = time.monotonic() + 10  # a request counts once it is over, which its client may see a moment earlier
+        while done not in (text := server.http.get("/metrics").text) and time.monotonic() < until:
+            time.sleep(0.05)
     assert server.http.headers["accept"]
     for line in (
         'e2p_requests_total{method="POST",route="/v1/chat/completions",status="200"} 4.0',
