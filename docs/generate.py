@@ -18,6 +18,7 @@ from typing import Any
 
 from news_tables import news_table
 from next_item_tables import next_item_table, sample_speed_table, scale_table
+from serving_tables import answers_table, serve_table, store_table
 
 from e2p.cli import COMMANDS, main, usage
 from e2p.evaluation.aggregate import interval, markdown_table, p_value, signed
@@ -389,6 +390,9 @@ def pages() -> dict[Path, str]:
             kto=kto_speed_table(),
             sample=sample_speed_table(hardware),
             scale=scale_table(hardware),
+            answers=answers_table(hardware),
+            serve=serve_table(hardware),
+            store=store_table(hardware),
         ),
     }
 

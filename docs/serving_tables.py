@@ -1,0 +1,99 @@
+"""Tables of docs/speed.md from results/bench_answers.json, bench_serve.json and bench_store.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+Hardware = Callable[[dict[str, Any]], str]
+SERVED = {  # what is compared, and what was aimed at
+    "together to alone": ("16 users together, to one after the other", 6.0),
+    "together to no_prefix": ("with a soft token, to none", 0.98),
+    "together to profile": ("with a soft token, to a 47-token text profile", 1.0),
+    "same_prompt to same_prompt_start": ("one 512-token prompt of all: soft token last, to first", None),
+}
+
+
+def answers_table(hardware: Hardware) -> str:
+    """Answers in batches against one at a time, and against batches that go on to the end."""
+    content = _read("bench_answers")
+    if content is None:
+        return ""
+    lines = ["| side | examples/s | against `generate` |", "|---|---|---|"]
+    for side, found in content["sides"].items():
+        ratios = sorted(a / b for a, b in zip(content["sides"]["generate"]["seconds"], found["seconds"], strict=True))
+        shown = (
+            "1" if side == "generate" else f"**{ratios[len(ratios) // 2]:.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
+        lines.append(f"| `{side}` | {found['examples_per_second']:.1f} | {shown} |")
+    data = content["data"]
+    return "\n".join([*lines, "", f"{content['prompts']} prompts of {data['mean_prompt_tokens']:.0f} tokens, answers of "
+                      f"{data['mean_answer_tokens']:.0f} on average and at most {data['longest_answer_tokens']}. "
+                      f"{_made(content, 'bench_answers', hardware)}", ""])  # fmt: skip
+
+
+def serve_table(hardware: Hardware) -> str:
+    """The engine within the process."""
+    content = _read("bench_serve")
+    if content is None:
+        return ""
+    lines = ["| | tokens/s, ratio | first token, ratio | aim |", "|---|---|---|---|"]
+    for name, (label, aim) in SERVED.items():
+        ratio = content["ratios"][name]
+        cells = [_spread(ratio["speed"]), _spread(ratio["first_token"])]
+        missed = aim is not None and ratio["speed"]["median"] < aim
+        cells.append("" if aim is None else f"{aim:g}{', missed' if missed else ''}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    sides = content["sides"]
+    return "\n".join([*lines, "", f"{sides['together']['tokens_per_second']:,.0f} tokens/s of {content['users']} users, "
+                      f"{sides['alone']['tokens_per_second']:,.0f} of one; prompts of {content['prompt_tokens']} tokens, "
+                      f"answers of {content['new_tokens']}. {_made(content, 'bench_serve', hardware)}", ""])  # fmt: skip
+
+
+def store_table(hardware: Hardware) -> str:
+    """The online store."""
+    content = _read("bench_store")
+    if content is None:
+        return ""
+    stores = content["stores"]
+    lines = [f"| {content['users']:,} users × {content['dimension']} | {' | '.join(stores)} | aim |"]
+    lines.append("|---" * (len(stores) + 2) + "|")
+    rows: list[tuple[str, Callable[[dict[str, Any]], str], str]] = [
+        ("import, users in no order, seconds", lambda one: f"{one['import']['seconds']:.1f}", "20"),
+        ("most anonymous memory in it, MiB", lambda one: f"{max(one['import']['anonymous_mib']):,.0f}", "flat"),
+        ("import in order, seconds", lambda one: f"{one['import_in_order']['seconds']:.1f}" if "import_in_order" in one
+         else "", ""),
+        ("the same again, seconds", lambda one: f"{one['again']['seconds']:.1f}", ""),
+        ("get, µs, median and p99", lambda one: _two(one["get"]), "1,000"),
+        ("get of 32, µs, median and p99", lambda one: _two(one["get_many"]), "1,000"),
+        ("put, on disk, µs, median and p99", lambda one: _two(one["put"]), ""),
+    ]  # fmt: skip
+    for label, shown, aim in rows:
+        lines.append(f"| {label} | {' | '.join(shown(one) for one in stores.values())} | {aim} |")
+    return "\n".join([*lines, "", f"Redis: its own settings decide what is on disk; here nothing was. "
+                      f"{_made(content, 'bench_store', hardware)}", ""])  # fmt: skip
+
+
+def _read(name: str) -> dict[str, Any] | None:
+    file = ROOT / "results" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _made(content: dict[str, Any], name: str, hardware: Hardware) -> str:
+    made = content["provenance"]
+    rounds = f", {content['rounds']} rounds, {content['threads']} thread(s)" if "rounds" in content else ""
+    return (
+        f"`{made['command']}`, commit {str(made['commit'])[:10]}, {hardware(made)}{rounds}: "
+        f"[results/{name}.json](../results/{name}.json)."
+    )
+
+
+def _spread(ratio: dict[str, float]) -> str:
+    return f"**{ratio['median']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+def _two(found: dict[str, float]) -> str:
+    return f"{found['p50_us']:,.0f}, {found['p99_us']:,.0f}"
