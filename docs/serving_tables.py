@@ -25,14 +25,15 @@ def answers_table(hardware: Hardware) -> str:
     lines = ["| side | examples/s | against `generate` |", "|---|---|---|"]
     for side, found in content["sides"].items():
         ratios = sorted(a / b for a, b in zip(content["sides"]["generate"]["seconds"], found["seconds"], strict=True))
-        shown = (
-            "1" if side == "generate" else f"**{ratios[len(ratios) // 2]:.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        )
+        middle = ratios[len(ratios) // 2]
+        shown = "1" if side == "generate" else f"**{middle:.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         lines.append(f"| `{side}` | {found['examples_per_second']:.1f} | {shown} |")
     data = content["data"]
-    return "\n".join([*lines, "", f"{content['prompts']} prompts of {data['mean_prompt_tokens']:.0f} tokens, answers of "
-                      f"{data['mean_answer_tokens']:.0f} on average and at most {data['longest_answer_tokens']}. "
-                      f"{_made(content, 'bench_answers', hardware)}", ""])  # fmt: skip
+    told = (
+        f"{content['prompts']} prompts of {data['mean_prompt_tokens']:.0f} tokens, answers of "
+        f"{data['mean_answer_tokens']:.0f} on average and at most {data['longest_answer_tokens']}."
+    )
+    return "\n".join([*lines, "", f"{told} {_made(content, 'bench_answers', hardware)}", ""])
 
 
 def serve_table(hardware: Hardware) -> str:
@@ -40,7 +41,7 @@ def serve_table(hardware: Hardware) -> str:
     content = _read("bench_serve")
     if content is None:
         return ""
-    lines = ["| | tokens/s, ratio | first token, ratio | aim |", "|---|---|---|---|"]
+    lines = ["| | tokens/s, how many times as many | first token, how many times as soon | aim |", "|---|---|---|---|"]
     for name, (label, aim) in SERVED.items():
         ratio = content["ratios"][name]
         cells = [_spread(ratio["speed"]), _spread(ratio["first_token"])]
@@ -48,9 +49,12 @@ def serve_table(hardware: Hardware) -> str:
         cells.append("" if aim is None else f"{aim:g}{', missed' if missed else ''}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     sides = content["sides"]
-    return "\n".join([*lines, "", f"{sides['together']['tokens_per_second']:,.0f} tokens/s of {content['users']} users, "
-                      f"{sides['alone']['tokens_per_second']:,.0f} of one; prompts of {content['prompt_tokens']} tokens, "
-                      f"answers of {content['new_tokens']}. {_made(content, 'bench_serve', hardware)}", ""])  # fmt: skip
+    told = (
+        f"{sides['together']['tokens_per_second']:,.0f} tokens/s of {content['users']} users, "
+        f"{sides['alone']['tokens_per_second']:,.0f} of one; prompts of {content['prompt_tokens']} tokens, answers of "
+        f"{content['new_tokens']}."
+    )
+    return "\n".join([*lines, "", f"{told} {_made(content, 'bench_serve', hardware)}", ""])
 
 
 def store_table(hardware: Hardware) -> str:
