@@ -212,6 +212,8 @@ class TrainingConfig:
         evals_per_epoch: validations in an epoch; each leaves a checkpoint to resume from.
         patience: stop after this many validations without improvement; 0: never. The best weights are kept always.
         seed: seed of phi's start, of the order of the examples and of the dropped vectors.
+        profile_share: lm: share of the examples that are read with their text profile in the prompt, drawn once by the
+            seed, so that e2p+prompt does not meet its profile untaught. 0: none; else needs a column ``profile``.
     """
 
     epochs: int = 3
@@ -228,6 +230,7 @@ class TrainingConfig:
     evals_per_epoch: int = 2
     patience: int = 0
     seed: int = 42
+    profile_share: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "training.epochs", "a whole number >= 1", self.epochs)
@@ -240,6 +243,7 @@ class TrainingConfig:
         require(self.max_grad_norm >= 0, "training.max_grad_norm", "a number >= 0", self.max_grad_norm)
         require(self.evals_per_epoch >= 1, "training.evals_per_epoch", "a whole number >= 1", self.evals_per_epoch)
         require(self.patience >= 0, "training.patience", "a whole number >= 0", self.patience)
+        require(0 <= self.profile_share <= 1, "training.profile_share", "a number in [0, 1]", self.profile_share)
 
 
 @dataclass(frozen=True)
@@ -258,3 +262,8 @@ class RunConfig:
         pairs = self.objective.name != "kto" or self.training.batch_size > 1
         expected = "at least 2 with objective.name kto, whose baseline z0 is a mean over a batch's mismatched pairs"
         require(pairs, "training.batch_size", expected, self.training.batch_size)
+        # A teacher reads every profile, and what it knows is the student's to find without; kto's reference is kept
+        # for the examples as they are.
+        alone = self.training.profile_share == 0 or (self.objective.name == "lm" and not self.objective.distill)
+        expected = "0 unless objective.name is lm and objective.distill is 0"
+        require(alone, "training.profile_share", expected, self.training.profile_share)

@@ -15,7 +15,7 @@ from e2p.config import ObjectiveConfig, RunConfig
 from e2p.config_io import to_dict
 from e2p.data.batches import epoch_steps
 from e2p.data.sources import cache_root
-from e2p.data.tokenised import TokenisedExamples, tokenise
+from e2p.data.tokenised import ProfiledInPart, TokenisedExamples, tokenise
 from e2p.errors import ConfigError, DataError
 from e2p.model.e2p import E2PModel, text_encoder
 from e2p.training.criteria import Likelihood
@@ -46,7 +46,7 @@ def one_step(base: RunConfig, loaded: tuple[Any, RunInputs], objective: Objectiv
 
 
 def first_step(
-    base: RunConfig, loaded: tuple[Any, RunInputs], tokens: TokenisedExamples | None = None
+    base: RunConfig, loaded: tuple[Any, RunInputs], tokens: TokenisedExamples | None = None, batch_size: int = 8
 ) -> tuple[E2PModel, list[tuple[int, bool]], int]:
     """The untrained model, the first step's rows with whether their vector is dropped, and its labelled tokens."""
     backbone, inputs = loaded
@@ -55,7 +55,9 @@ def first_step(
     )
     model.projector.fit_input(torch.from_numpy(inputs.train_vectors()))
     planned = inputs.examples("train", tokens=tokens)
-    plan = epoch_steps(planned, batch_size=8, budget=10**6, null_prob=base.projector.null_prob, seed=42, epoch=0)
+    plan = epoch_steps(
+        planned, batch_size=batch_size, budget=10**6, null_prob=base.projector.null_prob, seed=42, epoch=0
+    )
     step = next(plan)
     rows = [(int(r), bool(d)) for part, drop in zip(step.passes, step.dropped, strict=True)
             for r, d in zip(part, drop, strict=True)]  # fmt: skip
@@ -104,6 +106,35 @@ def test_the_distilling_step_is_what_a_loop_over_examples_gives(
     assert one_step(base, loaded, DISTILL, tmp_path / "run") == pytest.approx(loss / tokens, abs=1e-4)
 
 
+def test_a_share_of_the_rows_is_read_with_the_profile(
+    base: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path
+) -> None:
+    backbone, inputs = loaded
+    config = with_training(base, max_steps=1, tokens_per_pass=40, batch_size=24, profile_share=0.5)
+    profiled = tokenise(
+        base.data.examples, text_encoder(backbone, base.data, 1), cache_root(base.data.cache_dir), with_profile=True
+    )
+    shown = np.random.default_rng([42, 12]).random(len(inputs.tokens)) < 0.5
+    mixed = ProfiledInPart(inputs.tokens, profiled, shown)
+    model, rows, tokens = first_step(base, loaded, mixed, batch_size=24)
+    seen, loss = {bool(shown[row]) for row, _ in rows}, 0.0
+    with torch.no_grad():
+        for row, dropped in rows:
+            examples = inputs.examples("train", tokens=profiled if shown[row] else None)
+            loss -= float(model(examples.batch(np.array([row]), np.array([dropped]))).sum())
+    assert seen == {False, True}
+    _, record = train_arm(replace(config, output=str(tmp_path / "run")), *loaded, "e2p", tmp_path / "run", None)
+    assert next(entry["loss"] for entry in record["history"] if "loss" in entry) == pytest.approx(
+        loss / tokens, abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(name="kto"), DISTILL])
+def test_a_share_with_profiles_is_for_likelihood_alone(base: RunConfig, objective: ObjectiveConfig) -> None:
+    with pytest.raises(ConfigError, match=r"training\.profile_share.*expected 0 unless objective\.name is lm"):
+        replace(with_training(base, profile_share=0.5), objective=objective)
+
+
 @pytest.mark.parametrize("objective", [CONTRAST, DISTILL])
 def test_a_resumed_training_draws_the_same_strangers(
     base: RunConfig, loaded: tuple[Any, RunInputs], tmp_path: Path, objective: ObjectiveConfig
@@ -144,10 +175,11 @@ def test_the_static_control_gets_no_contrast_and_the_adapter_knows_its_objective
 
 
 def test_distilling_needs_profiles_and_says_so_before_there_is_a_run(tmp_path: Path) -> None:
-    config = replace(tiny_run(tmp_path, profile=False), objective=DISTILL)
-    with pytest.raises(DataError, match="expected a text in column 'profile', got none; prompt arms"):
-        train(config)
-    assert not Path(config.output).exists()
+    plain = tiny_run(tmp_path, profile=False)
+    for config in (replace(plain, objective=DISTILL), with_training(plain, profile_share=0.1)):
+        with pytest.raises(DataError, match="expected a text in column 'profile', got none; prompt arms"):
+            train(config)
+        assert not Path(config.output).exists()
 
 
 def test_passes_hold_the_teachers_rows_within_the_budget(base: RunConfig, loaded: tuple[Any, RunInputs]) -> None:

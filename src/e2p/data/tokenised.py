@@ -95,6 +95,31 @@ class TokenisedExamples:
         return self._small[name]
 
 
+class ProfiledInPart(TokenisedExamples):
+    """Some rows of a table with their profile in the prompt, the others without.
+
+    Args:
+        plain: the table without profiles.
+        profiled: the same table with them.
+        shown: which rows are taken from the latter [N].
+    """
+
+    def __init__(self, plain: TokenisedExamples, profiled: TokenisedExamples, shown: npt.NDArray[np.bool_]) -> None:
+        self.folder, self._completion, self._small = plain.folder, plain._completion, plain._small
+        self._plain, self._profiled, self._shown = plain, profiled, shown
+
+    def __len__(self) -> int:
+        return len(self._shown)
+
+    def __getitem__(self, index: int) -> Row:
+        return (self._profiled if self._shown[index] else self._plain)[index]
+
+    @cached_property
+    def prompt_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens in each prompt [N]."""
+        return np.where(self._shown, self._profiled.prompt_lengths, self._plain.prompt_lengths)
+
+
 class _Lists:
     """Random access to a chunked list column without copying: offsets and values of each chunk as numpy views."""
 
@@ -169,7 +194,8 @@ def _encoded(source: str, frame: Any, encoder: TextEncoder, with_profile: bool) 
         profile = row["profile"] if with_profile else None
         if with_profile and not profile:
             raise DataError(
-                f"{where}: expected a text in column 'profile', got none; prompt arms and objective.distill need it"
+                f"{where}: expected a text in column 'profile', got none; prompt arms, objective.distill and "
+                "training.profile_share need it"
             )
         try:
             encoded = encoder.prompt(prompt, profile)

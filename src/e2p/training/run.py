@@ -21,7 +21,7 @@ from e2p.data.batches import Examples, Ints, steps_per_epoch
 from e2p.data.sources import cache_root
 from e2p.data.splits import SPLITS
 from e2p.data.templates import TextEncoder
-from e2p.data.tokenised import TokenisedExamples, tokenise
+from e2p.data.tokenised import ProfiledInPart, TokenisedExamples, tokenise
 from e2p.errors import ConfigError, RunError
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel, text_encoder
@@ -61,8 +61,8 @@ def train(config: RunConfig, overwrite: bool = False, resume: bool = False) -> N
     backbone = FrozenBackbone.load(config.backbone, config.training.precision)
     encoder = text_encoder(backbone, config.data, config.projector.prefix_tokens)
     inputs = load_inputs(config.data, encoder, config.projector.position, tables)
-    if config.objective.distill:
-        _teacher(config, encoder)
+    if config.objective.distill or config.training.profile_share:
+        _profiled(config, encoder)
     if config.objective.name == "kto":
         mismatched_rows(inputs, config.data.split.seed)
     if first:  # only now: a bad input must not leave an empty run
@@ -262,12 +262,13 @@ def train_arm(
     vectors = shuffled_rows(inputs, budget.seed) if arm == "shuffled" else None
     both = config.objective.name != "lm"
     rows = {part: inputs.all_rows(part) if both else inputs.rows(part) for part in ("train", "validation")}
-    examples = inputs.examples("train", vector_rows=vectors, rows=rows["train"])
+    tokens = _tokens(config, inputs, model.encoder)
+    examples = inputs.examples("train", vector_rows=vectors, rows=rows["train"], tokens=tokens)
     trainer = E2PTrainer(
         model,
         budget,
         examples,
-        inputs.examples("validation", vector_rows=vectors, rows=rows["validation"]),
+        inputs.examples("validation", vector_rows=vectors, rows=rows["validation"], tokens=tokens),
         target / "checkpoints",
         criterion=_criterion(config, inputs, arm, model, examples, console),
         title=arm,
@@ -331,12 +332,21 @@ def _criterion(
         replace(settings, contrast=0.0) if arm == "static" else settings,
         examples,
         strangers=lambda epoch: strangers(inputs, inputs.rows("train"), [seed, 5, epoch]),
-        teacher=_teacher(config, model.encoder) if settings.distill else None,
+        teacher=_profiled(config, model.encoder) if settings.distill else None,
     )
 
 
-def _teacher(config: RunConfig, encoder: TextEncoder) -> TokenisedExamples:
-    """The run's examples as the frozen model reads them with the profile text."""
+def _tokens(config: RunConfig, inputs: RunInputs, encoder: TextEncoder) -> TokenisedExamples:
+    """What is trained and validated on: the run's examples, some of them with the profile text."""
+    share = config.training.profile_share
+    if not share:
+        return inputs.tokens
+    shown = np.random.default_rng([config.training.seed, 12]).random(len(inputs.tokens)) < share
+    return ProfiledInPart(inputs.tokens, _profiled(config, encoder), shown)
+
+
+def _profiled(config: RunConfig, encoder: TextEncoder) -> TokenisedExamples:
+    """The run's examples with the profile text in the prompt."""
     return tokenise(config.data.examples, encoder, cache_root(config.data.cache_dir), with_profile=True)
 
 
