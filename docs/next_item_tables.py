@@ -31,7 +31,7 @@ ARMS = {
     "retrieval": "retrieval by the vectors",
     "popularity": "popularity",
 }
-SHOWN = ("hit_rate@30", "recall@30", "recall@10", "recall@5", "ndcg@10")
+SHOWN = ("hit_rate@30", "expected_hit_rate@30", "recall@30", "recall@10", "recall@5", "ndcg@10")
 TESTED = ("true minus random", "true minus static", "true minus shuffled", "true minus none",
           "e2p+prompt minus prompt", "true minus retrieval")  # fmt: skip
 
@@ -43,11 +43,21 @@ def next_item_table(hardware: Callable[[dict[str, Any]], str]) -> str:
         content, other = _read(f"nextitem_{name}"), _read(f"sasrec_{name}")
         if content is None and other is None:
             continue
-        headings = ("arm", "HitRate@30", "Recall@30", "Recall@10", "Recall@5", "NDCG@10", "coverage", "popularity")
+        headings = (
+            "arm",
+            "HitRate@30",
+            "expected",
+            "Recall@30",
+            "Recall@10",
+            "Recall@5",
+            "NDCG@10",
+            "coverage",
+            "popularity",
+        )
         lines = [f"### {title}", "", f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
         lines += [] if content is None else _arms(content["results"])
         lines += [] if other is None else _sasrec(other)
-        lines += [f"| {label} |  |  | {ten:.4f} | {five:.4f} |  |  |  |" for label, five, ten in published]
+        lines += [f"| {label} |  |  |  | {ten:.4f} | {five:.4f} |  |  |  |" for label, five, ten in published]
         if content is None:
             lines += ["", "e2p's own arms have not been run on it yet."]
         else:
@@ -72,7 +82,8 @@ def _arms(whole: dict[str, Any]) -> list[str]:
     lines = []
     for arm, label in ARMS.items():
         if arm in metrics["recall@10"]["arms"]:
-            cells = [_number(metrics[metric]["arms"][arm], metric) for metric in SHOWN]
+            # Judged before there was an expected hit rate: none.
+            cells = [_number(metrics[metric]["arms"][arm], metric) if metric in metrics else "" for metric in SHOWN]
             cells += [f"{about[arm]['coverage']['30']:.2f}", f"{metrics['popularity']['arms'][arm]['popularity']:.2f}"]
             lines.append(f"| {' | '.join([label, *cells])} |")
     return lines
@@ -86,17 +97,19 @@ def _sasrec(other: dict[str, Any]) -> list[str]:
     ):
         found = other["test"]["sasrec"][reading]
         shown = [
-            f"{found[metric]['mean']:.4f} {interval(found[metric]['ci'], '{:.4f}'.format)}" for metric in SHOWN[1:]
+            f"{found[metric]['mean']:.4f} {interval(found[metric]['ci'], '{:.4f}'.format)}" for metric in SHOWN[2:]
         ]
-        lines.append(f"| {label} |  | {' | '.join(shown)} |  |  |")
+        lines.append(f"| {label} |  |  | {' | '.join(shown)} |  |  |")
     return lines
 
 
 def _differences(whole: dict[str, Any]) -> list[str]:
     metrics = _by_name(whole)
-    lines = ["| difference | HitRate@30 | Recall@30 | nats per token |", "|---|---|---|---|"]
+    headings = ("difference", "HitRate@30", "expected", "Recall@30", "nats per token")
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for row in TESTED:
-        cells = [_difference(metrics[metric], row) for metric in ("hit_rate@30", "recall@30", "nats_per_token")]
+        names = ("hit_rate@30", "expected_hit_rate@30", "recall@30", "nats_per_token")
+        cells = [_difference(metrics[name], row) if name in metrics else "" for name in names]
         if any(cells):
             lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines

@@ -83,6 +83,11 @@ def test_scores_are_what_the_kept_lists_say(config: RunConfig, results: dict[str
         place = items.index(true[of]) + 1 if true[of] in items else None
         if row["logprobs"] is not None:
             assert row["logprobs"] == sorted(row["logprobs"], reverse=True)
+        if row["way"] == "true":
+            p = math.exp(row["logprobs"][0]) if items else 0.0
+            assert items in ([true[of]], [])
+            assert got[of, row["arm"], "expected_hit_rate@8"] == pytest.approx(1 - (1 - p) ** 8)
+            continue
         for k in (1, 3, 8):
             hit = place is not None and place <= k
             if row["way"] == "sampled":
@@ -93,6 +98,7 @@ def test_scores_are_what_the_kept_lists_say(config: RunConfig, results: dict[str
             assert got[of, row["arm"], f"ndcg@{k}"] == pytest.approx(1 / math.log2(place + 1) if hit else 0)
             if row["arm"] in ("retrieval", "popularity"):  # one ranking for both
                 assert got[of, row["arm"], f"hit_rate@{k}"] == hit
+                assert got[of, row["arm"], "expected_hit_rate@8"] == (place is not None and place <= 8)
             seen += hit
     assert seen > 10
     arms = results["next_item"]["arms"]
@@ -125,6 +131,11 @@ def test_log_probabilities_are_the_models_own_among_valid_codes(
     order = [int(number) for number in whole.argsort(descending=True) if number not in had.tolist()]
     assert row["items"] == [item(number) for number in order]
     np.testing.assert_allclose(row["logprobs"], whole[order].numpy(), atol=1e-4)
+    own = kept.filter(
+        (pl.col("arm") == "none") & (pl.col("example_id") == row["example_id"]) & (pl.col("way") == "true")
+    )
+    (true,) = own["items"].to_list()
+    assert own["logprobs"].to_list() == [pytest.approx([float(whole[shelf.vocabulary.ids.rows[true[0]]])], abs=1e-4)]
     assert all(own["certain"] is None or 0 <= own["certain"] <= 1 for own in results["next_item"]["arms"].values())
 
 

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from e2p.data.templates import EncodedPrompt
 from e2p.errors import BackboneError, ConfigError
-from e2p.items.decoding import Ranked, best_items, sample_items
+from e2p.items.decoding import Ranked, best_items, sample_items, score_items
 from e2p.items.semantic_ids import SemanticIds
 from e2p.items.vocabulary import CodeVocabulary
 from e2p.model.backbone import FrozenBackbone
@@ -148,6 +148,16 @@ def test_draws_have_the_distribution_of_a_plain_loop(llama: FrozenBackbone, temp
     # Whatever the temperature, log-probabilities are those at 1.
     truth = np.take_along_axis(all_queries(llama), found.rows.numpy(), 1)
     np.testing.assert_allclose(found.logprobs, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_an_items_probability_is_what_it_is_drawn_with(backbone: FrozenBackbone) -> None:
+    start = read(backbone)
+    for temperature in (0.5, 1.0, 2.0):
+        truth = np.stack([exhaustive(backbone, query, SMALL, temperature) for query in range(len(PROMPTS))])
+        for rows in np.random.default_rng(1).integers(0, len(CODES), (3, len(PROMPTS))):
+            found = score_items(start, SMALL, torch.from_numpy(rows), temperature)
+            assert (found.shape, found.dtype) == ((len(PROMPTS),), torch.float32)
+            np.testing.assert_allclose(found, truth[np.arange(len(PROMPTS)), rows], rtol=1e-4, atol=1e-4)
 
 
 def test_draws_that_share_a_code_go_on_independently(llama: FrozenBackbone) -> None:
@@ -361,6 +371,8 @@ def test_bad_numbers_are_refused(llama: FrozenBackbone) -> None:
     for temperature in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ConfigError, match=f"temperature: expected a number > 0, got {temperature}"):
             sample_items(start, SMALL, temperature=temperature)
+        with pytest.raises(ConfigError, match="temperature: expected a number > 0"):
+            score_items(start, SMALL, torch.zeros(4, dtype=torch.int64), temperature)
     with pytest.raises(ConfigError, match="n: expected a whole number >= 1, got 0"):
         sample_items(start, SMALL, 0)
     with pytest.raises(ConfigError, match="k: expected a whole number >= 1, got 0"):

@@ -49,7 +49,14 @@ _KNOWN: dict[str, tuple[str, Direction]] = {
 }
 TEXTS = ("rouge1", "rouge2", "rougeL", "copied", "words")  # what generated texts are measured by
 _SAMPLED = "_sampled"
-_RANKED = {"hit_rate": "HitRate", "ndcg": "NDCG", "mrr": "MRR", "recall": "recall", "precision": "precision"}
+_RANKED = {
+    "hit_rate": "HitRate",
+    "expected_hit_rate": "expected HitRate",
+    "ndcg": "NDCG",
+    "mrr": "MRR",
+    "recall": "recall",
+    "precision": "precision",
+}
 
 
 @dataclass(frozen=True)

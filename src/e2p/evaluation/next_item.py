@@ -3,6 +3,7 @@
 Two rankings of every query. ``sampled`` is the paper's protocol (Section 4.3): thirty draws at temperature 1, the
 different ones ranked by log-probability. ``beam`` is what a system would show: the likeliest items by beam search.
 Retrieval and popularity have one ranking, which stands for both. What a user had before is dropped from all of them.
+Thirty draws hit or miss by luck, too; what they would hit on average follows from the true item's probability.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from e2p.data.templates import EncodedPrompt
 from e2p.errors import ConfigError, DataError
 from e2p.evaluation.arms import Arm
 from e2p.items.catalogue import load_catalogue
-from e2p.items.decoding import best_items, sample_items
+from e2p.items.decoding import best_items, sample_items, score_items
 from e2p.items.retrieval import nearest
 from e2p.items.vocabulary import ADAPTED, CodeVocabulary, open_codes, require_spoken
 from e2p.model.backbone import FrozenBackbone
@@ -35,7 +36,7 @@ from e2p.model.prefill import prefill
 from e2p.training.inputs import RunInputs
 from e2p.users.behaviour import read_interactions
 
-SAMPLED, BEAM = "sampled", "beam"
+SAMPLED, BEAM, TRUE = "sampled", "beam", "true"
 COLUMNS = ("example_id", "user_id", "arm", "way", "items", "logprobs")
 _ROWS = 65_536
 Floats = npt.NDArray[np.float32]
@@ -184,7 +185,7 @@ def recommend(
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[pl.DataFrame, float]:
-    """What one arm of the model recommends for every test query, by both ways.
+    """What one arm of the model recommends for every test query, by both ways, and how likely it draws the true item.
 
     Every arm draws with the same random numbers in the same order, so that arms differ by what they are and less by
     luck.
@@ -200,8 +201,9 @@ def recommend(
         progress: where progress is shown.
 
     Returns:
-        ``example_id``, ``user_id``, ``arm``, ``way``, ``items`` (ids, best first) and their ``logprobs``; and the share
-        of the queries whose beam search has certainly found the likeliest items.
+        ``example_id``, ``user_id``, ``arm``, ``way``, ``items`` (ids, best first; of the way ``true`` the true one) and
+        their ``logprobs`` (of the way ``true`` at the draws' temperature); and the share of the queries whose beam
+        search has certainly found the likeliest items.
     """
     settings, rows, backbone = shelf.settings, arm.examples.rows, arm.model.backbone
     task: Any = progress.add_task(f"{arm.name} items", total=len(rows)) if progress else None
@@ -220,7 +222,13 @@ def recommend(
         drawn = sample_items(read, shelf.vocabulary, settings.samples, settings.temperature, generator, budget)
         best = best_items(read, shelf.vocabulary, settings.beam, tokens_per_pass=budget)
         certain += int(best.certain.sum())
-        for way, found in ((SAMPLED, _ranked(drawn.rows, drawn.logprobs)), (BEAM, (best.rows, best.logprobs))):
+        true = torch.from_numpy(shelf.targets[chosen])
+        likely = score_items(read, shelf.vocabulary, true, settings.temperature, budget)
+        for way, found in (
+            (SAMPLED, _ranked(drawn.rows, drawn.logprobs)),
+            (BEAM, (best.rows, best.logprobs)),
+            (TRUE, (true[:, None], likely[:, None])),
+        ):
             parts.append(_frame(arm.name, way, inputs, shelf, chosen, *(tensor.cpu().numpy() for tensor in found)))
         if progress:
             progress.update(task, advance=len(part))
@@ -285,6 +293,8 @@ def judge_next_items(
     """Scores of rankings in long form, and what there is to know about them.
 
     With one true item a query: ``hit_rate@k`` (of the draws): whether it is among the k likeliest of them;
+    ``expected_hit_rate@n`` of n independent draws: 1 - (1 - p)^n, p being the true item's probability: the mean of
+    ``hit_rate@n`` over all draws that there might have been;
     ``recall@k`` (of the beams): whether it is among the first k; ``ndcg@k``: 1 / log2(1 + rank), ``mrr@k``: 1 / rank,
     both 0 beyond k. ``popularity``: mean percentile of the first items' popularity, 0 to 1, 0.5 on average over the
     catalogue. Arms without a model have the same ranking for both.
@@ -318,12 +328,28 @@ def judge_next_items(
                 values["popularity"] = np.array([_mean(share[found[: cutoffs[-1]]]) for found in lists[way]])
             keys = part.select("example_id", "user_id", "arm")
             scores += [keys.with_columns(metric=pl.lit(name), value=pl.Series(v)) for name, v in values.items()]
+        scores.append(_expected(own, lists[BEAM], shelf, row_of))
         shown = {str(k): len({item for found in lists[BEAM] for item in found[:k]}) / len(codes) for k in cutoffs}
         arms[str(arm)] = {"coverage": shown, "certain": certain.get(arm)}
         arms[str(arm)]["distinct"] = (
             float(np.mean([len(found) for found in lists[SAMPLED]])) if arm in certain else None
         )
     return pl.concat(scores), {**shelf.about, "arms": arms}
+
+
+def _expected(own: pl.DataFrame, beams: list[list[int]], shelf: NextItems, row_of: Mapping[str, int]) -> pl.DataFrame:
+    """Expected hit rate of one arm's draws; where nothing is drawn, whether the true item is in the ranking."""
+    count = shelf.settings.samples
+    part = own.filter(pl.col("way") == TRUE)
+    # What the user had is dropped and never hit: its list is empty.
+    p = np.exp(part["logprobs"].list.first().cast(pl.Float64).fill_null(-np.inf).to_numpy())
+    values = 1 - (1 - p) ** count
+    if not part.height:
+        part = own.filter(pl.col("way") == BEAM)
+        rank = rank_of(beams, shelf.targets[[row_of[name] for name in part["example_id"].to_list()]])
+        values = ((rank > 0) & (rank <= count)).astype(np.float64)
+    keys = part.select("example_id", "user_id", "arm")
+    return keys.with_columns(metric=pl.lit(f"expected_hit_rate@{count}"), value=pl.Series(values, dtype=pl.Float64))
 
 
 def rank_of(lists: list[list[int]], targets: Ints) -> Ints:
@@ -352,4 +378,5 @@ def metrics_of(settings: NextItemConfig) -> list[str]:
     """The metrics, the one that a verdict rests on first: HitRate of the longest list, as in the paper."""
     ks = settings.cutoffs
     ranked = [f"{name}@{k}" for name in ("recall", "ndcg", "mrr") for k in ks]
-    return [f"hit_rate@{ks[-1]}", *(f"hit_rate@{k}" for k in ks[:-1]), *ranked, "popularity"]
+    drawn = [f"hit_rate@{ks[-1]}", f"expected_hit_rate@{settings.samples}", *(f"hit_rate@{k}" for k in ks[:-1])]
+    return [*drawn, *ranked, "popularity"]

@@ -25,7 +25,8 @@ def next_items_of(results: Mapping[str, Any]) -> Section | None:
         "Means over examples; intervals and tests stand below, metric by metric. Each query has one true item. "
         f"{'What its user had before is dropped from every ranking. ' if settings['seen'] == 'drop' else ''}"
         f"HitRate: it is among {settings['samples']} draws at temperature {settings['temperature']:g}, of which the "
-        "different ones are ranked by log-probability. Recall, NDCG and MRR: the ranking of a beam search over "
+        "different ones are ranked by log-probability; expected HitRate: the mean over all such draws that there might "
+        "have been, from the true item's probability. Recall, NDCG and MRR: the ranking of a beam search over "
         f"{settings['beam']} partial codes; of arms without a language model, their one ranking. Coverage: share of "
         f"the catalogue that is among anybody's first {ks[-1]}. Popularity: mean percentile of the popularity of the "
         f"first {ks[-1]}; items drawn evenly have 0.5. Drawn: different items among the draws. Exact: share of the "
@@ -48,9 +49,11 @@ def next_item_table(results: Mapping[str, Any]) -> Table:
             arm: float(figures[metric.name]) for arm, figures in section["arms"].items() if metric.name in figures
         }
     found = results["next_item"]
-    ks = results["config"]["evaluation"]["next_item"]["cutoffs"]
-    ranked = [f"{name}@{k}" for name, own in (("hit_rate", ks[-1:]), ("recall", ks), ("ndcg", ks), ("mrr", ks[-1:]))
-              for k in own]  # fmt: skip
+    settings = results["config"]["evaluation"]["next_item"]
+    ks, draws = settings["cutoffs"], [settings["samples"]]
+    shown = (("hit_rate", ks[-1:]), ("expected_hit_rate", draws), ("recall", ks), ("ndcg", ks), ("mrr", ks[-1:]))
+    # Runs judged before there was an expected hit rate have none.
+    ranked = [name for name in (f"{name}@{k}" for name, own in shown for k in own) if name in labels]
     arms = arm_order(found["arms"])
     columns: dict[str, list[str]] = {"arm": arms}
     for name in (*ranked, "popularity"):

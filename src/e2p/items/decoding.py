@@ -72,8 +72,7 @@ def sample_items(
         BackboneError: prompt and codes have more tokens than the backbone's window.
     """
     _require_whole(n=n, tokens_per_pass=tokens_per_pass)
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"temperature: expected a number > 0, got {temperature}; best_items takes the likeliest")
+    _require_temperature(temperature)
     prefilled.require_room(vocabulary.levels)
     tokens, trie = _on_device(prefilled, vocabulary)
     found = [
@@ -110,6 +109,44 @@ def _sampled(
             prefilled = prefilled.extend(at[one], names[codes[one]], tokens_per_pass)
             nodes, at = pairs % every, row
     return Candidates(trie.leaf(drawn).view(batch, n), total.view(batch, n))
+
+
+@torch.no_grad()
+def score_items(
+    prefilled: Prefilled,
+    vocabulary: CodeVocabulary,
+    rows: Int[Tensor, "b"],
+    temperature: float = 1.0,
+    tokens_per_pass: int = 8192,
+) -> Float[Tensor, "b"]:
+    """Log-probability of one item for each of B prompts, as :func:`sample_items` would draw it: float32 [B].
+
+    Args:
+        prefilled: the prompts, as :func:`e2p.model.prefill.prefill` has read them; it may be used again.
+        vocabulary: codes and their tokens.
+        rows: int64 [B]: catalogue rows.
+        temperature: divides the logits.
+        tokens_per_pass: so many tokens are run at a time.
+
+    Raises:
+        ConfigError: a number is out of range.
+        BackboneError: prompt and codes have more tokens than the backbone's window.
+    """
+    _require_whole(tokens_per_pass=tokens_per_pass)
+    _require_temperature(temperature)
+    prefilled.require_room(vocabulary.levels)
+    tokens, trie = _on_device(prefilled, vocabulary)
+    codes = torch.from_numpy(vocabulary.ids.codes[rows.cpu().numpy()]).to(trie.device)
+    nodes, every = trie.root(len(prefilled)), torch.arange(len(prefilled), device=trie.device)
+    total = torch.zeros(len(prefilled), device=trie.device)
+    for level, names in enumerate(tokens):
+        code = codes[:, level]
+        logits = (prefilled.logits(names) / temperature).masked_fill(~trie.allowed(nodes, level), -torch.inf)
+        total += logits.log_softmax(-1)[every, code]
+        nodes = trie.step(nodes, code)
+        if level + 1 < len(tokens):
+            prefilled = prefilled.extend(every, names[code], tokens_per_pass)
+    return total
 
 
 @torch.no_grad()
@@ -224,3 +261,8 @@ def _require_whole(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ConfigError(f"{name}: expected a whole number >= 1, got {value}; raise it")
+
+
+def _require_temperature(temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature: expected a number > 0, got {temperature}; best_items takes the likeliest")
