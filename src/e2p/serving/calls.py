@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +80,6 @@ class Answer:
     call: Call
     index: int
     text: AnswerText
-    numbers: np.random.Generator
     last: int = 0  # its newest token
     tokens: int = 0
     unsaid: int = 0  # tokens that no delta has told of yet
@@ -89,7 +89,12 @@ class Answer:
     def of(cls, call: Call, index: int, vocabulary: Vocabulary) -> Answer:
         """An answer without any token."""
         text = AnswerText(vocabulary, call.sampling.stop, call.strip)
-        return cls(call, index, text, row_numbers(call.sampling.seed, index))
+        return cls(call, index, text)
+
+    @cached_property
+    def numbers(self) -> np.random.Generator:
+        """What its tokens are drawn by, where they are drawn here."""
+        return row_numbers(self.call.sampling.seed, self.index)
 
     def grow(self, token: int, logprob: TokenLogprob | None, ends: frozenset[int]) -> list[Delta | Finished]:
         """One more token; what there is to say, with :class:`Finished` at the end of the answer."""

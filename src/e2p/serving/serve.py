@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -151,6 +152,9 @@ async def _run(
     # uvicorn waits for running requests first; only then does the application stop the engine.
     grace = max(1, round(config.grace_seconds))
     server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=grace, **options))
+    # What is loaded by now stays: to look all through it for garbage would hold up everyone for a quarter of a second.
+    gc.collect()
+    gc.freeze()
     listener.listen(2048)  # as uvicorn will; who reads the line may connect at once
     _say(config, engine, store, bool(keys), listener.getsockname()[1], playground is not None)
     await server.serve(sockets=[listener])

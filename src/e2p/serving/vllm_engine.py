@@ -47,6 +47,7 @@ T = TypeVar("T")
 
 _CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
 _EVERYTHING = 2**40  # tokens: what a server keeps is its own affair
+_SHORT, _SMALL = 4096, 2**18  # characters of a prompt, numbers of its embeddings: a millisecond's work or two
 # Where soft tokens stand here, others may share what precedes them.
 _LATE = ("before_completion", "after_system")
 
@@ -116,7 +117,7 @@ class VLLMEngine:
         Raises:
             BackboneError: the table cannot be loaded.
             AdapterError: an adapter is broken, or of another backbone.
-            MissingExtraError: httpx is not installed.
+            MissingExtraError: aiohttp is not installed.
         """
         if self._served:
             raise EngineError("expected an engine that was never started, got one that was; make another")
@@ -158,7 +159,7 @@ class VLLMEngine:
         if served is None:
             names = ", ".join(self._served)
             raise RequestError(f"adapter: expected one of {names}, got '{request.adapter}'; name one that is served")
-        job = await self._aside(partial(self._job, request, served))
+        job = await self._aside(partial(self._job, request, served), _characters(request) <= _SHORT)
         with self._counted():
             tried: list[Upstream] = []
             given = 0
@@ -241,9 +242,10 @@ class VLLMEngine:
                 f"room for, got {call.longest}; lower it, or shorten the prompt"
             )
         ways = self._ways(upstream, job)
+        small = len(call.prompt.ids) * self._table.rows.shape[1] <= _SMALL
         refused: Exception = EngineError("expected a way to ask the vLLM server, got none")
         with upstream.working():
-            while (way := await self._aside(lambda: next(ways, None))) is not None:
+            while (way := await self._aside(lambda: next(ways, None), small)) is not None:
                 form, body = way
                 self._counts["sent_bytes"] += len(body)
                 self._counts["as_chat" if form else "as_embeddings"] += job.soft is not None
@@ -348,14 +350,21 @@ class VLLMEngine:
         if not self._open:
             raise EngineError("expected an engine that runs, got one that is stopping or has stopped; ask another")
 
-    async def _aside(self, job: Callable[[], T]) -> T:
-        """Beside the event loop, one after the other."""
+    async def _aside(self, job: Callable[[], T], little: bool = False) -> T:
+        """Beside the event loop, one after the other; what is little at once, since a thread's turn takes longer."""
+        if little:
+            return job()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoding, job)
         except RuntimeError as error:
             if "shutdown" not in str(error):
                 raise
             raise EngineError("expected an engine that runs, got one that is stopping; ask another") from None
+
+
+def _characters(request: Request) -> int:
+    prompt = request.prompt
+    return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
 
 
 def _grown(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import random
@@ -19,10 +20,11 @@ from e2p.serving.vllm_probe import probe
 from e2p.serving.vllm_wire import refusal
 
 if TYPE_CHECKING:
-    import httpx
+    import aiohttp
 
 _LOG = logging.getLogger("e2p")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0  # seconds between two looks at a server that is away
+_KEPT = 2.0  # seconds that a connection is kept for another request: vLLM ends those that were idle for 5
 _START = 20.0  # seconds that a server which is silent is waited for in the beginning
 FORMS = ("template", "turn")  # how soft tokens may travel in a chat; see vllm_chat
 
@@ -83,25 +85,31 @@ class Pool:
 
     def __init__(self, addresses: Sequence[str], config: VLLMConfig, table: TokenTable, key: str = "") -> None:
         try:
-            import httpx
+            import aiohttp
         except ImportError:
-            raise MissingExtraError("httpx", "vllm", "the engine vllm") from None
+            raise MissingExtraError("aiohttp", "vllm", "the engine vllm") from None
         self.config, self._table = config, table
         self.upstreams = [Upstream(address.rstrip("/"), False) for address in addresses]
         self.upstreams += [Upstream(address.rstrip("/"), True) for address in config.fallbacks]
         self._turn = 0
         self._watchers: list[asyncio.Task[None]] = []
-        self._timeouts = httpx.Timeout(config.pause_seconds, connect=config.connect_seconds)
-        # Proxies of the environment are for the world outside and not for servers next door.
-        self._client = httpx.AsyncClient(
-            timeout=self._timeouts,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
-            headers={"authorization": f"Bearer {key}"} if key else {},
-            trust_env=False,
+        self._headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
+        self._timeouts = aiohttp.ClientTimeout(
+            total=None, sock_connect=config.connect_seconds, sock_read=config.pause_seconds
         )
+        self._client: aiohttp.ClientSession
 
     async def start(self) -> None:
         """Look at all servers, now and from then on. Returns when each has been looked at, or some time has passed."""
+        import aiohttp
+
+        # Proxies of the environment are for the world outside and not for servers next door.
+        self._client = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT),
+            timeout=self._timeouts,
+            headers=self._headers,
+            trust_env=False,
+        )
         self._watchers = [asyncio.create_task(self._watch(upstream)) for upstream in self.upstreams]
         looks = [asyncio.create_task(upstream.looked.wait()) for upstream in self.upstreams]
         if looks:
@@ -114,7 +122,7 @@ class Pool:
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
-        await self._client.aclose()
+        await self._client.close()
 
     @property
     def running(self) -> int:
@@ -155,28 +163,32 @@ class Pool:
             EngineBusyError: the server has too much to do.
             EngineError: it has failed, or is silent.
         """
-        import httpx
+        import aiohttp
 
-        headers = {"content-type": "application/json"}
+        # As a file, since megabytes in one piece would hold up everyone else.
+        content, headers = io.BytesIO(body), {"content-type": "application/json"}
+        # So the loop hears of kept connections that the server has ended, and none of them is taken.
+        for _ in range(2):
+            await asyncio.sleep(0)
         try:
-            async with self._client.stream("POST", upstream.address + route, content=body, headers=headers) as response:
-                if response.status_code == 429:
+            async with self._client.post(upstream.address + route, data=content, headers=headers) as response:
+                if response.status == 429:
                     raise EngineBusyError("the vLLM server has as many requests as it takes; try again later")
-                if response.status_code != 200:
-                    error = refusal(response.status_code, await response.aread())
+                if response.status != 200:
+                    error = refusal(response.status, await response.read())
                     if isinstance(error, EngineError):
                         upstream.wake.set()
                     raise error
-                yield _events(response)
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+                yield _events(response.content)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             self.suspect(upstream, _reason(error))
             raise Unreachable(f"expected a vLLM server, got no connection ({_reason(error)})") from None
-        except httpx.ReadTimeout:
+        except aiohttp.SocketTimeoutError:
             # Too much to do is no reason to be given nothing any more: its health decides.
             upstream.failures += 1
             upstream.wake.set()
             raise EngineError("expected a vLLM server to go on, got: silence; try again") from None
-        except httpx.TransportError as error:
+        except aiohttp.ClientError as error:
             self.suspect(upstream, _reason(error))
             raise EngineError(f"expected a vLLM server to go on, got: {_reason(error)}; try again") from None
 
@@ -229,25 +241,28 @@ class Pool:
         _LOG.info("%s: ready", upstream.address)
 
     async def _get(self, upstream: Upstream, route: str) -> bytes:
-        return await self._whole("GET", upstream, route, timeout=self.config.connect_seconds)
+        import aiohttp
+
+        seconds = self.config.connect_seconds
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+        return await self._whole("GET", upstream, route, timeout=timeout)
 
     async def _ask(self, upstream: Upstream, body: bytes) -> bytes:
         headers = {"content-type": "application/json"}
-        return await self._whole(
-            "POST", upstream, "/v1/completions", content=body, headers=headers, timeout=self._timeouts
-        )
+        return await self._whole("POST", upstream, "/v1/completions", data=io.BytesIO(body), headers=headers)
 
     async def _whole(self, method: str, upstream: Upstream, route: str, **options: Any) -> bytes:
-        import httpx
+        import aiohttp
 
         try:
-            response = await self._client.request(method, upstream.address + route, **options)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+            async with self._client.request(method, upstream.address + route, **options) as response:
+                content = await response.read()
+        except aiohttp.ClientError as error:
             raise EngineError(_reason(error)) from None
-        if response.status_code != 200:
-            refused = refusal(response.status_code, response.content)
+        if response.status != 200:
+            refused = refusal(response.status, content)
             raise refused if isinstance(refused, EngineError) else EngineError(str(refused))
-        return response.content
+        return content
 
     def _away(self, upstream: Upstream, reason: str) -> None:
         if upstream.ready or upstream.reason != reason:
@@ -258,23 +273,25 @@ class Pool:
 def _reason(error: Exception) -> str:
     """A transport's complaint in a few words, without addresses."""
     names = {
-        "ConnectError": "connection refused",
-        "ConnectTimeout": "no connection in time",
-        "ReadTimeout": "silence",
-        "ReadError": "connection lost",
-        "RemoteProtocolError": "connection lost",
+        "ClientConnectorError": "connection refused",
+        "ClientConnectorDNSError": "no such host",
+        "ConnectionTimeoutError": "no connection in time",
+        "SocketTimeoutError": "silence",
+        "ClientOSError": "connection lost",
+        "ClientPayloadError": "connection lost",
+        "ServerDisconnectedError": "connection lost",
     }
     return names.get(type(error).__name__, type(error).__name__)
 
 
-async def _events(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+async def _events(content: aiohttp.StreamReader) -> AsyncGenerator[bytes, None]:
     """Data of server-sent events up to [DONE].
 
     Raises:
         EngineError: the stream ends before that.
     """
     rest, whole = b"", False
-    async for part in response.aiter_raw():
+    async for part in content.iter_any():
         rest += part
         if b"\n\n" not in rest:
             continue

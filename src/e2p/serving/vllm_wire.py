@@ -71,7 +71,7 @@ def ids_body(ids: Sequence[int], fields: dict[str, Any]) -> bytes:
 
 def embeds_body(embeds: Float[Tensor, "t h"], fields: dict[str, Any]) -> bytes:
     """For /v1/completions: a whole prompt as embeddings. Megabytes, so they are not looked through for quotes."""
-    return b'{"prompt_embeds": "' + packed(embeds) + b'", ' + json.dumps(fields).encode()[1:]
+    return b"".join((b'{"prompt_embeds": "', packed(embeds), b'", ', json.dumps(fields).encode()[1:]))
 
 
 class Piece(NamedTuple):

@@ -55,10 +55,19 @@ class Answer:
             self._person = replace(self._person, adapter=adapter)
         return event
 
-    async def rest(self) -> AsyncGenerator[Event, None]:
-        """All events after the start. Raises ApiError."""
+    async def rest(self) -> AsyncGenerator[list[Event], None]:
+        """All events after the start, together those that are there already. Raises ApiError."""
         while (event := await self._next()) is not None:
-            yield event
+            events = [event]
+            while not self._events.empty():
+                following = self._events.get_nowait()
+                if following is None or isinstance(following, Exception):
+                    yield events
+                    if following is not None:
+                        raise following
+                    return
+                events.append(following)
+            yield events
 
     async def close(self) -> None:
         """End the work, if it goes on."""

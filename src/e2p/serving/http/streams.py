@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,18 +70,19 @@ class Reply:
             self.first_token = self.first_token or time.perf_counter()
 
 
-async def whole(reply: Reply, events: AsyncGenerator[Event, None]) -> dict[str, Any]:
+async def whole(reply: Reply, parts: AsyncGenerator[list[Event], None]) -> dict[str, Any]:
     """The response that is not streamed."""
     texts, reasons = [""] * reply.n, ["stop"] * reply.n
     tokens: list[list[Any]] = [[] for _ in range(reply.n)]
-    async for event in events:
-        reply.seen(event)
-        if isinstance(event, Delta):
-            texts[event.index] += event.text
-            # As they come: of a long answer, all at the end would hold up everyone else.
-            tokens[event.index] += _chat_rows(event.logprobs) if reply.chat else event.logprobs
-        elif isinstance(event, Finished):
-            reasons[event.index] = event.reason
+    async for events in parts:
+        for event in events:
+            reply.seen(event)
+            if isinstance(event, Delta):
+                texts[event.index] += event.text
+                # As they come: of a long answer, all at the end would hold up everyone else.
+                tokens[event.index] += _chat_rows(event.logprobs) if reply.chat else event.logprobs
+            elif isinstance(event, Finished):
+                reasons[event.index] = event.reason
     choices = []
     for index, text in enumerate(texts):
         choice: dict[str, Any] = {"index": index, "finish_reason": reasons[index], "logprobs": None}
@@ -97,33 +98,45 @@ async def whole(reply: Reply, events: AsyncGenerator[Event, None]) -> dict[str, 
 
 
 async def frames(
-    reply: Reply, events: AsyncGenerator[Event, None], failed: Callable[[Exception], None]
+    reply: Reply, parts: AsyncGenerator[list[Event], None], failed: Callable[[Exception], None]
 ) -> AsyncGenerator[bytes, None]:
-    """The response as server-sent events. An error after the start is the last, without [DONE]; ``failed`` hears it."""
+    """The response as server-sent events. An error after the start is the last, without [DONE]; ``failed`` hears it.
+
+    What is there at once is sent at once: to hand bytes to the system costs more than to make them.
+    """
     offsets = [0] * reply.n
+    said = b""
     for index in range(reply.n if reply.chat else 1):
         chunk = _chunk(reply, index, "", role=True)
-        yield _frame(chunk if index else {**chunk, "e2p": reply.person.told()})
+        said += _frame(chunk if index else {**chunk, "e2p": reply.person.told()})
     try:
-        async for event in events:
-            reply.seen(event)
-            if isinstance(event, Delta) and (event.text or event.logprobs):
-                logprobs = None
-                if reply.logprobs:
-                    at, tokens = offsets[event.index], event.logprobs
-                    logprobs = _chat_logprobs(tokens) if reply.chat else _text_logprobs(tokens, at)
-                    offsets[event.index] += sum(len(token.token) for token in tokens)
-                yield _frame(_chunk(reply, event.index, event.text, logprobs=logprobs))
-            elif isinstance(event, Finished):
-                yield _frame(_chunk(reply, event.index, "", reason=event.reason))
+        async for events in parts:
+            said += b"".join(_frames(reply, events, offsets))
+            if said:
+                yield said
+            said = b""
     except Exception as error:
         failed(error)
         broken = ApiError(500, "internal_error", "something broke here; the operator's log says where")
-        yield _frame((error if isinstance(error, ApiError) else broken).body())
+        yield said + _frame((error if isinstance(error, ApiError) else broken).body())
         return
-    if reply.include_usage:
-        yield _frame({**reply.head(chunk=True), "choices": [], "usage": reply.usage()})
-    yield DONE
+    usage = {**reply.head(chunk=True), "choices": [], "usage": reply.usage()} if reply.include_usage else None
+    yield said + (b"" if usage is None else _frame(usage)) + DONE
+
+
+def _frames(reply: Reply, events: Iterable[Event], offsets: list[int]) -> Iterator[bytes]:
+    """Frames of some events; ``offsets`` are where each answer's text has come to, for log-probabilities."""
+    for event in events:
+        reply.seen(event)
+        if isinstance(event, Delta) and (event.text or event.logprobs):
+            logprobs = None
+            if reply.logprobs:
+                at, tokens = offsets[event.index], event.logprobs
+                logprobs = _chat_logprobs(tokens) if reply.chat else _text_logprobs(tokens, at)
+                offsets[event.index] += sum(len(token.token) for token in tokens)
+            yield _frame(_chunk(reply, event.index, event.text, logprobs=logprobs))
+        elif isinstance(event, Finished):
+            yield _frame(_chunk(reply, event.index, "", reason=event.reason))
 
 
 def _chunk(
