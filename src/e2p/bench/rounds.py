@@ -334,10 +334,10 @@ def ratios_of(
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Smallest, middle and greatest."""
+def spread(values: list[float], places: int = 3) -> dict[str, float]:
+    """Smallest, middle and greatest, to so many decimal places."""
     found = {"min": min(values), "median": statistics.median(values), "max": max(values)}
-    return {name: round(value, 3) for name, value in found.items()}
+    return {name: round(value, places) for name, value in found.items()}
 
 
 def _in_new_process(kind: type[Bench], setting: Setting, side: str) -> float:
