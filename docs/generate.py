@@ -18,7 +18,7 @@ from typing import Any
 
 from news_tables import news_table
 from next_item_tables import next_item_table, sample_speed_table, scale_table
-from serving_tables import answers_table, serve_table, store_table
+from serving_tables import answers_table, serve_table, soak_table, store_table, vllm_table
 
 from e2p.cli import COMMANDS, main, usage
 from e2p.evaluation.aggregate import interval, markdown_table, p_value, signed
@@ -392,6 +392,8 @@ def pages() -> dict[Path, str]:
             scale=scale_table(hardware),
             answers=answers_table(hardware),
             serve=serve_table(hardware),
+            vllm=vllm_table(hardware),
+            soak=soak_table(hardware),
             store=store_table(hardware),
         ),
     }

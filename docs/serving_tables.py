@@ -1,4 +1,5 @@
-"""Tables of docs/speed.md from results/bench_answers.json, bench_serve.json and bench_store.json."""
+"""Tables of docs/speed.md from results/bench_answers.json, bench_serve.json, bench_vllm.json, bench_soak*.json and
+bench_store.json."""
 
 from __future__ import annotations
 
@@ -73,12 +74,96 @@ def store_table(hardware: Hardware) -> str:
         ("the same again, seconds", lambda one: f"{one['again']['seconds']:.1f}", ""),
         ("get, µs, median and p99", lambda one: _two(one["get"]), "1,000"),
         ("get of 32, µs, median and p99", lambda one: _two(one["get_many"]), "1,000"),
+        ("get and phi, µs, median and p99", lambda one: _two(one["get_and_project"]) if "get_and_project" in one
+         else "", "1,000"),
         ("put, on disk, µs, median and p99", lambda one: _two(one["put"]), ""),
     ]  # fmt: skip
     for label, shown, aim in rows:
         lines.append(f"| {label} | {' | '.join(shown(one) for one in stores.values())} | {aim} |")
     return "\n".join([*lines, "", f"Redis: its own settings decide what is on disk; here nothing was. "
                       f"{_made(content, 'bench_store', hardware)}", ""])  # fmt: skip
+
+
+GATEWAY = {  # what is compared, and what was aimed at
+    "gateway to direct": ("all at once: tokens/s, gateway to direct", 0.97),
+    "gateway_alone to direct_alone": ("one after the other: gateway to direct", None),
+    "same_prompt to same_prompt_start": ("one long prompt of all: soft token last, to first", 5.0),
+}
+_FIRST_AIM = 0.003  # seconds that the gateway may add to the first token
+
+
+def vllm_table(hardware: Hardware) -> str:
+    """A gateway over vLLM, on the small backbone and on a model of a realistic shape."""
+    parts = []
+    for file in ("bench_vllm", "bench_vllm_shape"):
+        content = _read(file)
+        if content is None:
+            continue
+        lines = ["| | speed, how many times as many | first token, how many times as soon | aim |", "|---|---|---|---|"]
+        for name, (label, aim) in GATEWAY.items():
+            ratio = content["ratios"][name]
+            missed = aim is not None and ratio["speed"]["median"] < aim
+            cells = [_spread(ratio["speed"]), _spread(ratio["first_token"])]
+            cells.append("" if aim is None else f"{aim:g}{', missed' if missed else ''}")
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        added = content["gateway_adds_to_first_token_seconds"]
+        low, middle, high = (f"{1000 * added[name]:.1f}" for name in ("min", "median", "max"))
+        missed = added["median"] >= _FIRST_AIM
+        lines.append(
+            f"| the gateway adds to the first token, alone, ms | | **{middle}** ({low} to {high}) | "
+            f"{1000 * _FIRST_AIM:g}{', missed' if missed else ''} |"
+        )
+        model = (
+            f"`{content['shape']}` ({content['parameters'] / 1e6:,.0f}M parameters, random weights)"
+            if content.get("shape")
+            else "The shared small backbone"
+        )
+        took = content["sides"]["gateway"].get("cpu_seconds_per_1000_tokens", {})
+        spent = ", ".join(f"{who} {seconds:.2f}" for who, seconds in took.items())
+        sides = content["sides"]
+        told = (
+            f"{model}, {content['users']} users, prompts of {content['prompt_tokens']} tokens (the long one "
+            f"{content['same_prompt_tokens']}): {sides['gateway']['tokens_per_second']:,.0f} tokens/s by the gateway, "
+            f"{sides['direct']['tokens_per_second']:,.0f} directly."
+        )
+        told += f" Processor seconds for 1,000 tokens: {spent}." if spent else ""
+        parts.append("\n".join([*lines, "", f"{told} {_made(content, file, hardware)}", ""]))
+    return "\n".join(parts)
+
+
+def soak_table(hardware: Hardware) -> str:
+    """A server under steady load, part by part."""
+    parts = []
+    for file in ("bench_soak", "bench_soak_vllm"):
+        content = _read(file)
+        if content is None:
+            continue
+        lines = [
+            "| minute | answers | errors | tokens/s | first token, p50 and p99, ms | answer, p50 and p99, ms | "
+            "anonymous memory, MiB | files | threads |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for part in content["by_part"]:
+            answers = sum(count for kind, count in part["requests"].items() if kind in ("stream", "whole", "left"))
+            cells = [f"{part['from_seconds'] / 60:.1f}", f"{answers:,}", f"{sum(part['errors'].values())}"]
+            cells.append(f"{part['tokens_per_second']:,.0f}")
+            cells += [_milliseconds(part[name]) for name in ("first_token_seconds", "answer_seconds")]
+            cells += [f"{part['anonymous_mib']:,.0f}", f"{part['descriptors']}", f"{part['threads']}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        found = content["summary"]
+        ratio = found["p99_ratio"]
+        told = (
+            f"{content['minutes']:g} minutes, {content['clients']} clients, {content['users']:,} users, engine "
+            f"{content['engine']}. Memory after the first quarter: {found['memory_mib_per_minute']:+.2f} MiB a minute. "
+            f"p99 of the last third to the second: first token {ratio['first_token_seconds']:.2f}, answer "
+            f"{ratio['answer_seconds']:.2f}."
+        )
+        parts.append("\n".join([*lines, "", f"{told} {_made(content, file, hardware)}", ""]))
+    return "\n".join(parts)
+
+
+def _milliseconds(found: dict[str, float] | None) -> str:
+    return "" if found is None else f"{1000 * found['p50']:,.0f}, {1000 * found['p99']:,.0f}"
 
 
 def _read(name: str) -> dict[str, Any] | None:
@@ -88,7 +173,8 @@ def _read(name: str) -> dict[str, Any] | None:
 
 def _made(content: dict[str, Any], name: str, hardware: Hardware) -> str:
     made = content["provenance"]
-    rounds = f", {content['rounds']} rounds, {content['threads']} thread(s)" if "rounds" in content else ""
+    rounds = f", {content['rounds']} rounds" if "rounds" in content else ""
+    rounds += f", {content['threads']} thread(s)" if "threads" in content else ""
     return (
         f"`{made['command']}`, commit {str(made['commit'])[:10]}, {hardware(made)}{rounds}: "
         f"[results/{name}.json](../results/{name}.json)."

@@ -57,6 +57,7 @@ COMMANDS = {
     ),
     "bench serve": Command("e2p.bench.serve", "bench", "many users answered at once, and one after the other"),
     "bench vllm": Command("e2p.bench.vllm", "bench", "a gateway over vLLM, and vLLM asked directly"),
+    "bench soak": Command("e2p.bench.soak", "bench", "a server under steady load for minutes: memory and latencies"),
     "bench store": Command("e2p.bench.store", "bench", "import, reads and writes of the online store at many users"),
 }
 BAD_INPUT = 2

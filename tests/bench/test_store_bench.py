@@ -28,7 +28,8 @@ def test_it_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert found["import"]["seconds"] > 0
         assert max(mib for mib in found["import"]["resident_mib"] if mib) > 10
         assert [found[name]["calls"] for name in ("get", "get_many", "put")] == [40, 4, 5]
-        for name in ("get", "get_many", "put"):
+        assert found["get_and_project"]["calls"] == 40
+        for name in ("get", "get_many", "put", "get_and_project"):
             assert 0 < found[name]["p50_us"] <= found[name]["p99_us"] <= found[name]["most_us"]
         assert found["bytes"] > 3000 * 8 * 4
     assert printed["stores"]["lmdb"]["put_not_durable"]["calls"] == 5

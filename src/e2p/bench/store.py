@@ -1,4 +1,5 @@
-"""`e2p bench store`: the online store at many users: import, point reads, reads of many, writes. No model takes part.
+"""`e2p bench store`: the online store at many users: import, point reads, reads of many, writes. No model takes part,
+but for phi: a read of one user, and his soft token made of what was read, is what an answer waits for.
 
 LMDB in a temporary folder, and Redis where a redis-server is installed: one is started for this on a free port of this
 machine, with nothing kept on disk.
@@ -24,9 +25,13 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from rich.console import Console
 
+from e2p.bench.processes import held
+from e2p.config import ProjectorConfig
 from e2p.errors import ConfigError, StoreError
+from e2p.model.projector import PrefixProjector, user_vectors
 from e2p.provenance import provenance
 from e2p.users.commands import import_table
 from e2p.users.store import StoredVector, VectorStore, open_store
@@ -42,6 +47,7 @@ def bench(
     dimension: int = 120,
     reads: int = 50_000,
     puts: int = 500,
+    hidden_size: int = 2048,
     output: str = "bench_store.json",
     seed: int = 42,
 ) -> dict[str, Any]:
@@ -54,6 +60,7 @@ def bench(
         dimension: numbers in a vector.
         reads: of one random user each; a tenth as many of 32 users at once.
         puts: writes of one vector each.
+        hidden_size: of the backbone whose soft tokens phi makes, in float32, on one thread.
         output: JSON file to write. It is also the last line of stdout.
         seed: of vectors and of the users read.
 
@@ -64,7 +71,7 @@ def bench(
         ConfigError: a number is out of range.
         StoreError: a store cannot be opened, written or read.
     """
-    given = {"users": users, "dimension": dimension, "reads": reads, "puts": puts}
+    given = {"users": users, "dimension": dimension, "reads": reads, "puts": puts, "hidden_size": hidden_size}
     for key, value in given.items():
         if value < 1:
             raise ConfigError(f"{key}: expected a whole number >= 1, got {value}")
@@ -84,6 +91,7 @@ def bench(
             with console.status(f"{kind}: reads and writes"), open_store(address) as store:
                 found["again"] = in_new_process(str(table), address)
                 found |= latencies(store, users, dimension, reads, puts, seed)
+                found["get_and_project"] = soft_tokens(store, users, dimension, reads, hidden_size, seed)
                 found["bytes"] = store.stats().nbytes
             if kind == "lmdb":
                 with (
@@ -166,11 +174,8 @@ def measured_import(table: str, address: str) -> dict[str, Any]:
 
 def resident() -> tuple[float, float]:
     """MiB of this process in memory: all, and without pages of files, which the system can take back."""
-    status = Path("/proc/self/status")
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.exists() else {}
-    all_of_it, anonymous = (round(int(lines[name].split()[0]) / 1024, 1) if name in lines else 0.0
-                            for name in ("VmRSS", "RssAnon"))  # fmt: skip
-    return all_of_it, anonymous
+    holds = held("self")
+    return (0.0, 0.0) if holds is None else (holds.resident_mib, holds.anonymous_mib)
 
 
 def latencies(store: VectorStore, users: int, dimension: int, reads: int, puts: int, seed: int) -> dict[str, Any]:
@@ -183,6 +188,28 @@ def latencies(store: VectorStore, users: int, dimension: int, reads: int, puts: 
         "get_many": timed(lambda some: _there(*store.get_many(some)), many),
         "put": writes(store, users, dimension, puts),
     }
+
+
+def soft_tokens(
+    store: VectorStore, users: int, dimension: int, reads: int, hidden_size: int, seed: int
+) -> dict[str, Any]:
+    """Of a read of one user and phi on what was read, with the checks that serving makes of a vector."""
+    phi = PrefixProjector(dimension, hidden_size, ProjectorConfig())
+    ones = [name(user) for user in np.random.default_rng([seed, 2]).integers(0, users, reads)]
+
+    def both(user: str) -> None:
+        found = store.get(user)
+        _there(found)
+        assert found is not None
+        phi(*user_vectors([found.embedding], 1, dimension))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            return timed(both, ones)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def writes(store: VectorStore, users: int, dimension: int, puts: int) -> dict[str, Any]:

@@ -132,7 +132,8 @@ def bench(
         address, gateway = stack.enter_context(e2p_serve(*options))
         for number in range(rounds + 1):
             sides = world.round(upstream, address)
-            for side in SIDES:
+            # Back and forth: what a side leaves behind falls on its neighbours alike.
+            for side in SIDES if number % 2 else reversed(SIDES):
                 mark = _measured(sides[side], side in _ALONE, gateway, server)
                 if number:
                     marks[side].append(mark)
