@@ -190,23 +190,24 @@ class TextEncoder:
             system = len(self._ids(lead, True)) if lead else 0
         else:
             rendered = self._render(messages, generate=True)
-            ids = self._ids(rendered, False)
+            # Once for the tokens and for where they stand.
+            encoding = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids, places = encoding["input_ids"], encoding["offset_mapping"]
             if messages[0]["role"] == "system":
-                system = self._system_end(messages, rendered)
+                system = _before(places, self._system_end(messages, rendered))
             else:
-                system = self._tokens_before(rendered, len(self._inserted))
-                system *= rendered.startswith(self._inserted)
+                system = _before(places, len(self._inserted)) if rendered.startswith(self._inserted) else 0
         if not ids:
             raise DataError("expected a prompt with at least one token, got an empty text")
         after_bos = int(ids[0] == self.tokenizer.bos_token_id)
         return EncodedPrompt(ids, after_bos, max(system, after_bos))
 
     def _system_end(self, messages: list[dict[str, str]], rendered: str) -> int:
-        """Tokens up to the end of the system turn, found in the rendered text."""
+        """Where the system turn ends in the rendered text."""
         content = messages[0]["content"].strip()
         start = rendered.find(content)
         if start < 0 or len(messages) < 2:
-            return len(self._ids(rendered, False)) if start >= 0 else 0
+            return len(rendered) if start >= 0 else 0
         try:  # the system turn alone, where a template renders it as it stands at the head of the prompt
             alone = self._render(messages[:1], generate=False)
         except DataError:
@@ -220,13 +221,7 @@ class TextEncoder:
             while shared < min(len(rest), len(rendered)) and rest[-1 - shared] == rendered[-1 - shared]:
                 shared += 1
             cut = max(len(rendered) - shared, start + len(content))
-        return self._tokens_before(rendered, cut)
-
-    def _tokens_before(self, rendered: str, cut: int) -> int:
-        if not cut:
-            return 0
-        encoding = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-        return sum(1 for begin, _ in encoding["offset_mapping"] if begin < cut)
+        return cut
 
     @cached_property
     def _inserted(self) -> str:
@@ -248,3 +243,8 @@ class TextEncoder:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
         except Exception as error:  # jinja2 errors and whatever a template raises on turns that it refuses
             raise DataError(f"the chat template refuses these turns: {' '.join(str(error).split())}") from None
+
+
+def _before(places: Sequence[tuple[int, int]], cut: int) -> int:
+    """Tokens that begin before a place in the text."""
+    return sum(begin < cut for begin, _ in places) if cut else 0
