@@ -129,3 +129,8 @@ def test_a_server_that_does_not_come_is_told(tmp_path: Path) -> None:
         vllm_serve("false", tmp_path, "float32", tmp_path / "log"),
     ):
         raise AssertionError("it is not there")
+    with (
+        pytest.raises(E2PError, match="expected a Python interpreter at nowhere/python, got none"),
+        vllm_serve("nowhere/python", tmp_path, "float32", tmp_path / "log"),
+    ):
+        raise AssertionError("it is not there")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -102,12 +103,16 @@ def vllm_serve(
         seconds: to be there.
 
     Raises:
-        E2PError: it does not come.
+        E2PError: there is no such interpreter, or no server comes.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--host", "127.0.0.1"]
-    words += ["--port", str(port), "--dtype", dtype, "--enforce-eager", "--enable-prompt-embeds"]
+    found = shutil.which(python)
+    if found is None:
+        raise E2PError(f"expected a Python interpreter at {python}, got none; name the one that vLLM is installed for")
+    model = os.path.abspath(folder) if os.path.isdir(folder) else str(folder)
+    words = [os.path.abspath(found), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--enforce-eager", "--enable-prompt-embeds"]
     words += ["--served-model-name", "backbone", "--block-size", "32", "--max-num-seqs", "64"]
     more = {
         "HF_HUB_OFFLINE": "1",
