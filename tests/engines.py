@@ -36,15 +36,22 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(backbone: FrozenBackbone, seed: int = 9, static: bool = False, data: DataConfig = TEXT, **values: Any) -> Any:
+def build(
+    backbone: FrozenBackbone,
+    seed: int = 9,
+    static: bool = False,
+    data: DataConfig = TEXT,
+    users: np.ndarray = USERS,
+    **values: Any,
+) -> Any:
     """An adapter whose soft tokens differ much between users."""
     config = ProjectorConfig(**{"hidden_dim": 5, "user_scale": 1.0, **values})
-    model = E2PModel.from_backbone(backbone, 4, config, data=data, static=static)
+    model = E2PModel.from_backbone(backbone, users.shape[1], config, data=data, static=static)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.projector.parameters():
             parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
-    model.projector.fit_input(torch.tensor(USERS))
+    model.projector.fit_input(torch.tensor(users))
     return model
 
 

@@ -15,10 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+# Real servers take a while to start, so they run where they are asked for.
+ASKED = bool(os.environ.get("E2P_TEST_VLLM")) and PYTHON.exists()
+MARKS = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.real_data,
+    pytest.mark.timeout(2400),
+    pytest.mark.skipif(not ASKED, reason="needs real vLLM servers: make test-vllm"),
+]
 _SECONDS = 900  # to be there, on a machine that has much else to do
 _MOST = 3000  # seconds that a server may live
 

@@ -5,24 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from docs_lines import CURL, PAGE, blocks, run_curl
 from e2p.config_serving import LimitsConfig, PoliciesConfig, load_serving
 from e2p.serving.http.auth import SCOPES, parse_keys
 from served import Server, serving
-
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(kind: str, page: str = PAGE) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```$", page, re.M | re.S)
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +23,9 @@ def server() -> Iterator[Server]:
         yield running
 
 
-@pytest.mark.parametrize(
-    "block",
-    [*blocks("bash curl"), *blocks("bash curl", README)],
-    ids=["ask", "vector", "users", "metrics", "readme"],
-)
+@pytest.mark.parametrize("block", CURL.values(), ids=CURL)
 def test_curl_lines(block: str, server: Server) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("no curl here")
-    for command in re.sub(r"\\\n\s*", "", block).strip().splitlines():
-        here = command.replace("http://localhost:8000", server.base).replace("curl ", "curl --fail-with-body ", 1)
-        assert server.base in here
-        done = subprocess.run(["bash", "-c", here], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
-        assert '"error"' not in done.stdout
-        assert done.stdout.startswith(("{", "data: ", "# HELP"))
+    run_curl(block, server.base)
 
 
 def test_the_client(server: Server, capsys: pytest.CaptureFixture[str]) -> None:

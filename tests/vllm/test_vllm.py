@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,11 @@ from e2p.model.e2p import E2PModel
 from e2p.serving.engine import EngineError, Request
 from e2p.serving.vllm_engine import VLLMEngine
 from engines import ADAPTERS, PROMPTS, USERS, all_answered, answered, asked, build, engine_on, saved
-from tiny import TEMPLATE, make_batch, tiny_backbone
-from vllm_servers import PYTHON, SHARED, VLLMServer, running, with_template
+from tiny import make_batch
+from vllm_servers import MARKS, VLLMServer
 
-# Real servers take minutes to start, so they run where they are asked for.
-ASKED = bool(os.environ.get("E2P_TEST_VLLM")) and PYTHON.exists()
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.slow,
-    pytest.mark.real_data,
-    pytest.mark.timeout(2400),
-    pytest.mark.skipif(not ASKED, reason="needs real vLLM servers: make test-vllm"),
-]
+pytestmark = MARKS
 
-# As the small backbone's own, but for an answer's turn, which begins as it does where one is to be written.
-ALIKE = TEMPLATE.replace("'|> ' + m['content']", "('|>' if m['role'] == 'assistant' else '|> ') + m['content']")
 LONG = "the train home and old soul music, the user likes it; " * 6
 FORMS: dict[str, tuple[str, set[str]]] = {
     "embeddings": ("embeddings", set()),
@@ -48,10 +37,9 @@ FORMS: dict[str, tuple[str, set[str]]] = {
 class World:
     """A backbone here and on a server, adapters, and requests with the answers of the engine in this process."""
 
-    def __init__(self, folder: Path, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-        self.server = VLLMServer(checkpoint, folder / "vllm.log", ("--trust-request-chat-template",))
-        self.backbone = FrozenBackbone.load(BackboneConfig(str(checkpoint)), "float32")
+    def __init__(self, folder: Path, server: VLLMServer) -> None:
+        self.checkpoint, self.server = server.folder, server
+        self.backbone = FrozenBackbone.load(BackboneConfig(str(server.folder)), "float32")
         data = DataConfig(max_prompt_tokens=250, max_completion_tokens=16)
         self.models: dict[str, E2PModel] = {
             name: build(self.backbone, data=data, **values) for name, values in ADAPTERS.items()
@@ -83,20 +71,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, World]]:
-    folder = tmp_path_factory.mktemp("vllm")
-    tiny = folder / "tiny"
-    # Heads of a size that vLLM has kernels for.
-    random_llama = tiny_backbone("llama", hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
-    random_llama.model.save_pretrained(tiny)
-    random_llama.tokenizer.save_pretrained(tiny)
-    checkpoints = {"small": with_template(SHARED / "backbone", folder / "small", ALIKE), "tiny": tiny}
-    found = {}
-    for name, checkpoint in checkpoints.items():
-        (folder / f"of-{name}").mkdir()
-        found[name] = World(folder / f"of-{name}", checkpoint)
-    with running(*(world.server for world in found.values())):
-        yield found
+def worlds(tmp_path_factory: pytest.TempPathFactory, servers: dict[str, VLLMServer]) -> dict[str, World]:
+    return {name: World(tmp_path_factory.mktemp(name), server) for name, server in servers.items()}
 
 
 def requests_of(world: World) -> list[Request]:
