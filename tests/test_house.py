@@ -36,7 +36,7 @@ ORDER = (
 )
 EXTRAS = ("scipy", "sklearn", "matplotlib", "implicit", "rapidfuzz", "torch_geometric", "sentence_transformers")
 EXTRAS += ("peft", "trl", "datasets", "tensorboard", "faiss", "redis", "rouge_score", "nltk")
-EXTRAS += ("fastapi", "starlette", "uvicorn", "prometheus_client", "orjson", "gradio")
+EXTRAS += ("fastapi", "starlette", "uvicorn", "prometheus_client", "orjson", "gradio", "aiohttp")
 BEHIND = "e2p.serving.http"  # the one room that an extra opens; without it, it says which
 HEAVY = ("torch", "transformers", "polars", "numpy", "pyarrow", "rich", "jinja2", "accelerate")
 
