@@ -49,9 +49,7 @@ class VLLMServer:
 
     def start(self) -> None:
         """Start, without waiting."""
-        if not self.port:
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                self.port = free.getsockname()[1]
+        self.port = self.port or free_port()
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -94,6 +92,12 @@ class VLLMServer:
         """A counter's sum."""
         lines = httpx.get(f"{self.address}/metrics", timeout=30).text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 @contextlib.contextmanager
