@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import redis
 
 from e2p.errors import ConfigError, DataError, MissingExtraError, StoreError
+from e2p.users import store_redis
 from e2p.users.store import PutCounts, StoredVector, VectorBatch, open_store
 from redis_process import RedisProcess
 
@@ -140,6 +143,34 @@ def test_it_is_taken_away_and_comes_back(redis_process: RedisProcess, tmp_path: 
             open_store(server.address("e2p"))
     finally:
         server.stop()
+
+
+def test_a_silent_redis_holds_up_one_call_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when its machine is gone: nobody refuses a connection, and nobody answers."""
+    monkeypatch.setattr(store_redis, "_SECONDS", 0.4)
+    server = RedisProcess(tmp_path)
+    assert server.process is not None
+
+    def fails(_: int) -> bool:
+        try:
+            return store.get("u1") is None
+        except StoreError as error:
+            return "Redis cannot be reached: " in str(error)
+
+    try:
+        with open_store(server.address("e2p")) as store, ThreadPoolExecutor(8) as threads:
+            store.put(vector())
+            server.process.send_signal(signal.SIGSTOP)
+            start = time.monotonic()
+            assert fails(0)
+            assert 0.3 < time.monotonic() - start < 1, "and it is not waited for again and again"
+            assert all(threads.map(fails, range(160)))
+            assert time.monotonic() - start < 4, "and not 8 seconds"
+            server.process.send_signal(signal.SIGCONT)
+            assert store.get("u1") is not None, "the first who asks finds it"
+            assert not any(threads.map(fails, range(160)))
+    finally:
+        server.stop(kill=True)
 
 
 def test_a_redis_that_was_emptied_is_an_empty_store(redis_process: RedisProcess, tmp_path: Path) -> None:

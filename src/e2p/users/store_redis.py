@@ -9,6 +9,7 @@ Redis Cluster does not spread them, and its redirections are not followed.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -34,7 +35,8 @@ from e2p.users.store import StoreStats, VectorStore
 
 _PIECE = 256  # rows that one call of the script writes at once: Redis serves nobody else meanwhile, about a millisecond
 _PAGE = 512
-_SECONDS = 5.0
+_SECONDS = 5.0  # until it counts as silent
+_CONNECT = 2.0  # the same where there is no connection yet
 _FOREIGN = "expected a store of user vectors, found other keys of this prefix; choose another prefix"
 _KEYS = ("about", "vectors", "users", "deleted", "versions")
 # `later` compares bytes as numbers, since Lua compares texts by the server's language, and its numbers hold no 64 bits.
@@ -128,14 +130,15 @@ class RedisStore(VectorStore):
         self._keys = [f"{{{prefix}}}:{name}" for name in _KEYS]
         self._about, self._vectors, self._users, self._deleted, self._versions = self._keys
         self._errors: Any = redis.exceptions
+        self._silent, self._asking = False, threading.Lock()
         try:
-            # Trying again is safe, since writing the same twice changes nothing.
+            # Trying again is safe, since writing the same twice changes nothing. Silence is not waited for again.
             self._redis: Any = redis.Redis.from_url(
                 url,
                 decode_responses=False,
                 socket_timeout=_SECONDS,
-                socket_connect_timeout=_SECONDS,
-                retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 2),
+                socket_connect_timeout=min(_CONNECT, _SECONDS),
+                retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 2, (redis.exceptions.ConnectionError,)),
             )
             self._put_script = self._redis.register_script(_PUT)
             self._delete_script = self._redis.register_script(_DELETE)
@@ -253,12 +256,21 @@ class RedisStore(VectorStore):
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
-        """Redis's errors as a StoreError."""
+        """Redis's errors as a StoreError.
+
+        While Redis is silent, as when its machine is gone, one call at a time waits for it, and all others fail at
+        once: else everyone's answer would wait for seconds, and take the places of those who could be answered.
+        """
         if self._closed:
             raise StoreError(f"{self._address}: this store was closed; open it again")
+        asks = self._silent
+        if asks and not self._asking.acquire(blocking=False):
+            raise StoreError(f"{self._address}: Redis cannot be reached: it was silent; check that it runs there")
         try:
             yield
+            self._silent = False
         except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
+            self._silent = isinstance(error, (self._errors.TimeoutError, TimeoutError))
             raise StoreError(f"{self._address}: Redis cannot be reached: {error}; check that it runs there") from None
         except self._errors.RedisError as error:
             if "WRONGTYPE" in str(error):
@@ -266,6 +278,9 @@ class RedisStore(VectorStore):
             else:
                 text = f"Redis refuses: {error}; check its rights, its memory and that it is no replica"
             raise StoreError(f"{self._address}: {text}") from None
+        finally:
+            if asks:
+                self._asking.release()
 
 
 def _split(address: str) -> tuple[str, str, str]:
