@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -102,6 +103,30 @@ def test_it_grows_while_others_read_and_walk(tmp_path: Path, small_map: int) -> 
         store.put_many(many(3000, day=1))
         assert map_size(store) > before
         assert len([*walk]) >= 99
+
+
+def test_readers_without_a_pause_do_not_keep_it_from_growing(tmp_path: Path, small_map: int) -> None:
+    with opened(tmp_path / "s") as store:
+        store.put_many(many(100))
+        before, over = map_size(store), threading.Event()
+        environment = store._environment
+        assert environment is not None
+
+        def read() -> None:
+            while not over.is_set():  # four of them: there is always one within a transaction
+                environment.read(lambda txn: time.sleep(0.002))
+
+        readers = [threading.Thread(target=read) for _ in range(4)]
+        writer = threading.Thread(target=lambda: store.put_many(many(3000, day=1)))
+        for thread in (*readers, writer):
+            thread.start()
+        writer.join(5)
+        late = writer.is_alive()
+        over.set()
+        for thread in (*readers, writer):
+            thread.join()
+        assert not late
+        assert map_size(store) > before
 
 
 def test_what_another_process_has_made_larger_is_read(tmp_path: Path, small_map: int) -> None:

@@ -30,6 +30,7 @@ class Environment:
     def __init__(self, folder: Path, durable: bool) -> None:
         self.folder, self.durable, self.pid, self.holders = folder, durable, os.getpid(), 0
         self._active, self._closed, self._gate = 0, False, threading.Condition()
+        self._resizing = 0  # threads that wait for all others to be outside
         with self.faults("opened"):
             self.env = lmdb.open(
                 str(folder),
@@ -81,6 +82,7 @@ class Environment:
             return
         with self._gate:
             self._closed = True
+            self._gate.notify_all()
             self._gate.wait_for(lambda: not self._active)
         try:
             if not self.durable:
@@ -106,6 +108,8 @@ class Environment:
         if self.pid != os.getpid():
             raise StoreError(f"{self.folder}: this store was opened before the process forked; open it after that")
         with self._gate:
+            # Nobody comes in before one who waits to resize, whom readers without a pause would keep out for ever.
+            self._gate.wait_for(lambda: self._closed or not self._resizing)
             if self._closed:
                 raise StoreError(f"{self.folder}: this store was closed; open it again")
             self._active += 1
@@ -120,12 +124,17 @@ class Environment:
     def _resize(self, size: int, seen: int) -> None:
         """Make the map ``size`` bytes unless it is no longer ``seen``; 0 takes on what another process has made it."""
         with self._gate:
-            self._gate.wait_for(lambda: not self._active)
-            if self._closed:
-                raise StoreError(f"{self.folder}: this store was closed; open it again")
-            if not size or self.env.info()["map_size"] == seen:
-                with self.faults("enlarged"):
-                    self.env.set_mapsize(size)
+            self._resizing += 1
+            try:
+                self._gate.wait_for(lambda: not self._active)
+                if self._closed:
+                    raise StoreError(f"{self.folder}: this store was closed; open it again")
+                if not size or self.env.info()["map_size"] == seen:
+                    with self.faults("enlarged"):
+                        self.env.set_mapsize(size)
+            finally:
+                self._resizing -= 1
+                self._gate.notify_all()
 
     def _first_look(self) -> dict[str, lmdb._Database]:
         while True:
