@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,6 +21,12 @@ def blocks(kind: str, page: str = PAGE) -> list[str]:
 
 _NAMES = ("ask", "vector", "users", "metrics", "readme")
 CURL = dict(zip(_NAMES, [*blocks("bash curl"), *blocks("bash curl", README)], strict=True))
+
+
+def words_of(start: str, page: str = README) -> list[str]:
+    """Words of the command that begins so, behind that beginning."""
+    (line,) = re.findall(rf"^{start} (.*)$", page, re.M)
+    return shlex.split(line)
 
 
 def run_curl(block: str, base: str) -> list[str]:

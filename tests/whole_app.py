@@ -79,9 +79,14 @@ class World:
     @property
     def words(self) -> list[str]:
         """Of the command line, but for store and engine."""
+        return ["runs/taste", *self.settings]
+
+    @property
+    def settings(self) -> list[str]:
+        """The same without the run."""
         more = [word for name in ADAPTERS if name != "taste" for word in ("--adapters", f"{name}=runs/{name}")]
         limits = ["--limits.running", "64", "--limits.waiting", "2000"]
-        return ["runs/taste", *more, *limits, "--hf.precision", "float32"]
+        return [*more, *limits, "--hf.precision", "float32"]
 
     def store(self, name: str) -> str:
         """A new store of the users that do not change."""

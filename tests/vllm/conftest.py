@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from docs_lines import words_of
 from serve_process import ServeProcess, serving_processes
 from tiny import TEMPLATE
 from vllm_servers import SHARED, VLLMServer, running, with_template
@@ -42,8 +43,9 @@ def world(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> World:
 
 @pytest.fixture(scope="session")
 def hf_app(world: World) -> Iterator[App]:
-    """`e2p serve` with the engine in its process."""
-    process = ServeProcess(world.folder, *world.words, "--store", world.store("hf-store"), name="hf")
+    """`e2p serve` with the engine in its process, started as the README says."""
+    world.store("store")
+    process = ServeProcess(world.folder, *words_of("e2p serve"), *world.settings, name="hf")
     with serving_processes(process):
         yield App(process)
 
