@@ -549,6 +549,29 @@ def test_a_servers_own_window_counts(world: World) -> None:
     play(story)
 
 
+@pytest.mark.parametrize("transport", ["embeddings", "chat"])
+@pytest.mark.parametrize("window", [192, 60, 20])
+def test_who_asks_for_no_length_gets_what_there_is_room_for(world: World, window: int, transport: str) -> None:
+    """By the backbone's window, 192, and by the server's own; as long as it was said to be where that fits."""
+    server = FakeVLLM(world.table, window=window, trusts=True)
+    length = len(world.models["late"].encoder.prompt(PROMPTS[0]).ids) + 1
+
+    async def story() -> None:
+        async with engine_on(world, server, transport=transport) as engine:
+            for asked_for, given in ((256, window - length), (5, 5), (window - length, window - length)):
+                request = asked("late", PROMPTS[0], USERS[0], max_tokens=asked_for, shorten=True)
+                found = await answered(engine, request)
+                assert found.text == world.text(server, request)
+                assert server.asked[-1]["max_tokens"] == given
+            await answered(engine, asked("backbone", PROMPTS[0], max_tokens=256, shorten=True))
+            assert server.asked[-1]["max_tokens"] == window - length + 1
+            if window < 192:
+                with pytest.raises(RequestError, match=f"within {window} tokens"):
+                    await answered(engine, asked("backbone", "make a playlist " * 9, max_tokens=256, shorten=True))
+
+    play(story)
+
+
 def test_it_starts_once_and_stops_in_order(world: World) -> None:
     server = FakeVLLM(world.table, delay=0.02)
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -235,12 +235,8 @@ class VLLMEngine:
 
     async def _answer(self, upstream: Upstream, job: _Job) -> AsyncGenerator[Event, None]:
         """One server's events, however the prompt travels there."""
+        job = _fitted(job, upstream.window)
         call, doubted = job.call, list[str]()
-        if call.longest > upstream.window:
-            raise RequestError(
-                f"max_tokens: expected prompt and answer within {upstream.window} tokens, which the vLLM server has "
-                f"room for, got {call.longest}; lower it, or shorten the prompt"
-            )
         ways = self._ways(upstream, job)
         small = len(call.prompt.ids) * self._table.rows.shape[1] <= _SMALL
         refused: Exception = EngineError("expected a way to ask the vLLM server, got none")
@@ -274,7 +270,7 @@ class VLLMEngine:
         ids, ends = call.prompt.ids, self._table.ends()
         early = job.served.info.position not in _LATE
         salt = job.salt if early or self.config.cache == "users" or not upstream.tells else ""
-        fields = partial(how, request.sampling, upstream.model, ends, salt)
+        fields = partial(how, call.sampling, upstream.model, ends, salt)
         if job.soft is None:
             yield "", ids_body(ids, fields(chat=False))
             return
@@ -300,7 +296,7 @@ class VLLMEngine:
         return whole if self.config.dtype == "float32" else whole.bfloat16()
 
     async def _events(self, upstream: Upstream, job: _Job, form: str, body: bytes) -> AsyncGenerator[Event, None]:
-        call, sampling, info = job.call, job.request.sampling, job.served.info
+        call, sampling, info = job.call, job.call.sampling, job.served.info
         ends, vocabulary = frozenset(self._table.ends()), self._vocabulary
         answers = [Answer.of(call, index, vocabulary) for index in range(sampling.n)]
         copies = sampling.n if sampling.temperature < GREEDY else 1
@@ -360,6 +356,20 @@ class VLLMEngine:
             if "shutdown" not in str(error):
                 raise
             raise EngineError("expected an engine that runs, got one that is stopping; ask another") from None
+
+
+def _fitted(job: _Job, window: int) -> _Job:
+    """With an answer as long as there is room for, where none was asked for. Raises RequestError where none fits."""
+    call, sampling = job.call, job.call.sampling
+    left = window - call.longest + sampling.max_tokens
+    if sampling.shorten and 0 < left < sampling.max_tokens:
+        return replace(job, call=replace(call, sampling=replace(sampling, max_tokens=left)))
+    if left < sampling.max_tokens:
+        raise RequestError(
+            f"max_tokens: expected prompt and answer within {window} tokens, which the vLLM server has room for, got "
+            f"{call.longest}; lower it, or shorten the prompt"
+        )
+    return job
 
 
 def _characters(request: Request) -> int:
