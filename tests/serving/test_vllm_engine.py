@@ -596,6 +596,40 @@ def test_it_starts_once_and_stops_in_order(world: World) -> None:
         VLLMEngine(world.table, {"backbone": "x"}, [])
 
 
+def test_what_outlasts_the_grace_is_told(world: World) -> None:
+    """Before the first token, and between two of them; no other server is asked."""
+    slow, silent = FakeVLLM(world.table, delay=0.2), FakeVLLM(world.table, delay=2)
+
+    async def story() -> None:
+        async with engine_on(world, slow, silent, pause_seconds=60, transport="embeddings") as engine:
+            running = [asyncio.create_task(answered(engine, asked("late", PROMPTS[0], user))) for user in USERS[:4]]
+            await until(lambda: slow.running == silent.running == 2)
+            await asyncio.sleep(0.3)
+            await engine.stop(0)
+            found = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), 10)
+            assert all(isinstance(one, EngineError) for one in found)
+            assert (await engine.health())["running"] == 0
+            assert len(slow.asked) == len(silent.asked) == 2
+            await until(lambda: not slow.running and not silent.running)
+
+    play(story)
+
+
+@pytest.mark.parametrize("window", [float("inf"), "nonsense"])
+def test_a_server_that_says_what_nobody_foresaw_is_looked_at_again(world: World, window: Any) -> None:
+    server = FakeVLLM(world.table, window=window)
+
+    async def story() -> None:
+        async with engine_on(world, server) as engine:
+            (told,) = (await engine.health())["servers"]
+            assert told["reason"].startswith("expected a")
+            assert not told["ready"]
+            server.window = 192
+            await until(lambda: engine._pool.upstreams[0].ready)
+
+    play(story)
+
+
 def test_an_adapter_is_loaded_anew(world: World, tmp_path: Path) -> None:
     model = build(world.models["late"].backbone)
     model.save_pretrained(tmp_path / "late")

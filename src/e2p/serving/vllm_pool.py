@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
 import random
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from e2p.config_serving import VLLMConfig
 from e2p.errors import MissingExtraError
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("e2p")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 10.0  # seconds between two looks at a server that is away
 _KEPT = 2.0  # seconds that a connection is kept for another request: vLLM ends those that were idle for 5
+_LOOKS_AT_END = 100  # of 10 ms, that requests have to hear that their connections are gone
 _START = 20.0  # seconds that a server which is silent is waited for in the beginning
 FORMS = ("template", "turn")  # how soft tokens may travel in a chat; see vllm_chat
 
@@ -93,6 +97,7 @@ class Pool:
         self.upstreams += [Upstream(address.rstrip("/"), True) for address in config.fallbacks]
         self._turn = 0
         self._watchers: list[asyncio.Task[None]] = []
+        self._sockets: WeakSet[socket.socket] = WeakSet()
         self._headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._timeouts = aiohttp.ClientTimeout(
             total=None, sock_connect=config.connect_seconds, sock_read=config.pause_seconds
@@ -105,7 +110,7 @@ class Pool:
 
         # Proxies of the environment are for the world outside and not for servers next door.
         self._client = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT, socket_factory=self._socket),
             timeout=self._timeouts,
             headers=self._headers,
             trust_env=False,
@@ -118,11 +123,27 @@ class Pool:
                 look.cancel()
 
     async def stop(self) -> None:
-        """Look no more, and close all connections."""
+        """Look no more, and close all connections: requests that still wait for a server fail."""
         for watcher in self._watchers:
             watcher.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
+        for upstream in self.upstreams:
+            upstream.ready, upstream.reason = False, "the engine stops"
+        # The client's own close would leave who waits for more of an answer waiting for ever.
+        for each in list(self._sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for _ in range(_LOOKS_AT_END):
+            if not self.running:
+                break
+            await asyncio.sleep(0.01)
         await self._client.close()
+
+    def _socket(self, address: Any) -> socket.socket:
+        family, kind, protocol, *_ = address
+        made = socket.socket(family, kind, protocol)
+        self._sockets.add(made)
+        return made
 
     @property
     def running(self) -> int:
@@ -201,6 +222,9 @@ class Pool:
                 pause = _FIRST_PAUSE
             except EngineError as error:
                 self._away(upstream, str(error))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            except Exception as error:  # whatever it says, it is looked at again
+                self._away(upstream, f"expected a vLLM server, got what is none ({type(error).__name__})")
                 pause = min(2 * pause, _LONGEST_PAUSE)
             upstream.looked.set()
             # Not all gateways at the same moment.
