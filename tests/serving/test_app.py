@@ -465,6 +465,15 @@ def test_health_and_readiness(own: Server) -> None:
     assert error_of(server.http.get("/readyz"))[:2] == (503, "store_unavailable")
 
 
+def test_whoever_looks_at_a_server_may_ask_for_the_head_alone(own: Server) -> None:
+    for path in ("/healthz", "/readyz"):
+        response = own.http.head(path)
+        assert (response.status_code, response.content) == (200, b"")
+    own.engine.ready = False
+    assert own.http.head("/readyz").status_code == 503
+    own.engine.ready = True
+
+
 def test_a_prompt_may_be_too_long() -> None:
     with serving(limits=LimitsConfig(prompt_chars=10)) as server:
         long = [{"role": "user", "content": "x" * 6}, {"role": "user", "content": "x" * 5}]

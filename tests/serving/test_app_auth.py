@@ -58,14 +58,14 @@ ROUTES = routes(create_app(FakeEngine()))
 
 
 def ask(server: Server, method: str, path: str, headers: dict[str, str]) -> Any:
-    real = path.replace("{user_id:path}", "u1").replace("{name:path}", "taste")
+    real = path.replace("{user_id:text}", "u1").replace("{name:path}", "taste")
     return server.http.request(method, real, headers=headers)
 
 
 def test_the_route_table_is_whole() -> None:
     paths = {path for _, path in ROUTES}
     assert {"/v1/chat/completions", "/v1/users/embeddings", "/metrics", "/openapi.json", "/healthz"} <= paths
-    assert len(ROUTES) == 13
+    assert len(ROUTES) == 15
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
@@ -122,9 +122,9 @@ def test_the_schema_opens_for_any_key(server: Server) -> None:
 def test_a_key_with_a_prefix_sees_its_own_users_alone(method: str, path: str, server: Server) -> None:
     headers = {"authorization": f"Bearer {secret('shop')}"}
     for user in ("u1", "shop", "Shop-1", "x/shop-1"):
-        response = server.http.request(method, path.replace("{user_id:path}", user), headers=headers)
+        response = server.http.request(method, path.replace("{user_id:text}", user), headers=headers)
         assert error_of(response) == (403, "user_not_allowed", None)
-    response = server.http.request(method, path.replace("{user_id:path}", "shop-1"), headers=headers)
+    response = server.http.request(method, path.replace("{user_id:text}", "shop-1"), headers=headers)
     assert response.status_code in (200, 404, 415)
 
 

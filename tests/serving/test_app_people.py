@@ -91,7 +91,9 @@ def test_an_older_vector_replaces_nothing_and_a_deleted_user_stays_away(server: 
     assert server.put("u1", timestamp=new).json()["stored"] is True
 
 
-@pytest.mark.parametrize("user", ["a/b", "a b", "ü", "a?b#c", "..", "x/embedding", "%2F", "a" * 600, "embeddings"])
+@pytest.mark.parametrize(
+    "user", ["a/b", "a b", "ü", "a?b#c", "..", "x/embedding", "%2F", "a" * 600, "embeddings", "a\nb", "\r\nb\n"]
+)
 def test_any_user_id_can_stand_in_a_path(user: str, server: Server) -> None:
     path = quote(user, safe="").replace("..", "%2E%2E")
     assert server.put(path, (3, 2, 1)).json()["user_id"] == user

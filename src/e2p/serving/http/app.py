@@ -9,6 +9,7 @@ from urllib.parse import unquote_to_bytes
 
 from fastapi import APIRouter, Depends, FastAPI, Query
 from fastapi.exceptions import RequestValidationError
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -30,6 +31,15 @@ from e2p.serving.http.vectors import told
 from e2p.users.store import VectorStore
 
 router = APIRouter()
+
+
+class _Text(PathConvertor):
+    """Any text: that of ``path`` leaves out line breaks, and such a user could be neither read nor deleted."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("text", _Text())
 
 
 def create_app(
@@ -176,7 +186,7 @@ def _model(info: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- users' vectors
 
 
-@router.put("/v1/users/{user_id:path}/embedding", openapi_extra=json_body(PutEmbedding), responses=errors(400, 409))
+@router.put("/v1/users/{user_id:text}/embedding", openapi_extra=json_body(PutEmbedding), responses=errors(400, 409))
 async def put_embedding(user_id: str, request: Request, key: Writes) -> Response:
     """Put a user's vector. An older timestamp replaces nothing; then ``stored`` is false."""
     service = service_of(request)
@@ -190,7 +200,7 @@ async def put_embedding(user_id: str, request: Request, key: Writes) -> Response
     return JSON({**body, "stored": outcome == "stored", "outcome": outcome})
 
 
-@router.get("/v1/users/{user_id:path}/embedding", responses=errors(404))
+@router.get("/v1/users/{user_id:text}/embedding", responses=errors(404))
 async def get_embedding(
     user_id: str, request: Request, key: Reads, vector: Annotated[bool, Query(description="with its numbers")] = False
 ) -> Response:
@@ -199,7 +209,7 @@ async def get_embedding(
     return JSON(told(await service.vectors.get(user_id), service.vectors.now(), numbers=vector))
 
 
-@router.delete("/v1/users/{user_id:path}/embedding", responses=errors(400))
+@router.delete("/v1/users/{user_id:text}/embedding", responses=errors(400))
 async def delete_embedding(
     user_id: str, request: Request, key: Writes, forget: Annotated[bool, Query(description="keep no trace")] = False
 ) -> Response:
@@ -233,12 +243,14 @@ async def upload(request: Request, key: Writes) -> Response:
 # ---------------------------------------------------------------- operators
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def healthz() -> Response:
     """The process answers. Needs no key."""
     return JSON({"status": "ok"})
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses=errors(503))
 async def readyz(request: Request) -> Response:
     """Engine and store can serve. Needs no key, and says nothing else."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -105,10 +106,11 @@ class Edge:
                 broken = ApiError(500, "internal_error", "something broke here; the operator's log says where")
                 await JSON(broken.body(), 500)(scope, receive, answer)
         finally:
-            record.route = getattr(scope.get("route"), "path", "none").replace(":path}", "}")
+            record.route = _KIND.sub("}", getattr(scope.get("route"), "path", "none"))
             self.service.telemetry.done(record)
 
 
+_KIND = re.compile(r":\w+}")  # of a part of a route's path
 _METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 
 
