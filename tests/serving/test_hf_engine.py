@@ -19,11 +19,13 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from e2p.config import BackboneConfig
+from e2p.config_serving import EngineConfig
 from e2p.errors import AdapterError, BackboneError, ConfigError
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel
+from e2p.serving import hf_engine
 from e2p.serving.calls import Limits
-from e2p.serving.engine import Delta, EngineBusyError, EngineError, Personal, Request, RequestError
+from e2p.serving.engine import Delta, EngineBusyError, EngineError, Personal, Request, RequestError, Started
 from e2p.serving.hf_engine import HFEngine
 from engines import ADAPTERS, PROMPTS, TEXT, USERS, all_answered, answered, asked, build, engine_on, saved
 from tiny import EOS, logits_alone, make_batch, tiny_backbone
@@ -495,7 +497,8 @@ def test_an_adapter_is_exchanged_while_answers_run(models: dict[str, E2PModel], 
         async with engine_on(backbone, saved({"a": old}, tmp_path)) as engine:
             (_, before) = engine.adapters()
             events = engine.generate(request)
-            await anext(events)
+            started = await anext(events)
+            assert isinstance(started, Started)
             assert await engine.reload("a") == before, "the same weights, the same revision"
             saved({"a": new}, tmp_path)
             after = await engine.reload("a")
@@ -503,6 +506,7 @@ def test_an_adapter_is_exchanged_while_answers_run(models: dict[str, E2PModel], 
             assert (after.prefix_tokens, after.position) == (2, "after_bos")
             assert after.revision != before.revision
             second = asyncio.create_task(answered(engine, request))
+            assert (started.revision, (await second).started.revision) == (before.revision, after.revision)
             text = "".join([event.text async for event in events if isinstance(event, Delta)])
             assert text == alone(old, request)
             assert (await second).text == alone(new, request) != text
@@ -618,6 +622,36 @@ def test_a_failure_hits_the_requests_concerned_alone(tmp_path: Path, caplog: pyt
 
     asyncio.run(play())
     assert "failed: 1 of the requests" in caplog.text
+
+
+def test_who_is_not_ready_is_tried_again_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever balances load gives it nothing meanwhile, so no request of its own would show that it can answer."""
+    monkeypatch.setattr(hf_engine, "_REST", 0.5)
+    backbone = tiny_backbone("llama")
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("no memory")
+
+    async def play() -> None:
+        async with engine_on(backbone, saved({"late": build(backbone)}, tmp_path)) as engine:
+            plain, backbone.hidden_states = backbone.hidden_states, broken  # type: ignore[method-assign]
+            for failures in (3, 1):  # once tried again, one is enough
+                assert (await engine.health())["ready"]
+                for _ in range(failures):
+                    with pytest.raises(EngineError, match="no memory"):
+                        await answered(engine, asked("late", "hi"))
+                assert not (await engine.health())["ready"]
+                await asyncio.sleep(0.6)
+            backbone.hidden_states = plain  # type: ignore[method-assign]
+            await answered(engine, asked("late", "hi"))
+            assert (await engine.health())["ready"]
+
+    asyncio.run(play())
+
+
+def test_the_settings_of_a_server_are_the_limits_there_are_without_any() -> None:
+    settings = EngineConfig()
+    assert Limits() == Limits(settings.rows, settings.cache_tokens, settings.prefill_tokens)
 
 
 def test_logits_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:

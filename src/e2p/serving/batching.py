@@ -7,7 +7,9 @@ when they end or nobody listens. Knows tensors through :mod:`e2p.serving.rows` a
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -42,6 +44,7 @@ class Worker:
         self.joined = True
         self.counts: Counter[str] = Counter()
         self.failures = 0  # requests that failed since an answer came to its end
+        self.failed = -math.inf  # when, by the monotonic clock, the last one did
         self._backbone: FrozenBackbone
         self._rows: Rows
         self._vocabulary: Vocabulary
@@ -222,7 +225,7 @@ class Worker:
         self._settings = None
         self.counts["requests"] += len(calls)
         self.counts["prompt_tokens"] += sum(len(call.prompt.ids) for call in calls)
-        told: Told = [(call, Started(len(call.prompt.ids), call.prefix_tokens)) for call in calls]
+        told: Told = [(call, Started(len(call.prompt.ids), call.prefix_tokens, call.revision)) for call in calls]
         self._continue(start, hidden, told)
 
     def _step(self) -> None:
@@ -280,7 +283,7 @@ class Worker:
 
     def _failed(self, calls: Sequence[Call], error: Exception) -> None:
         _LOG.error("failed: %d of the requests", len(calls), exc_info=error)
-        self.failures += len(calls)
+        self.failures, self.failed = self.failures + len(calls), time.monotonic()
         self.counts["failures"] += len(calls)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         self.tell([(call, EngineError(f"the engine failed on this request: {reason}")) for call in calls])

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from e2p.config_serving import EngineConfig
 from e2p.data.templates import EncodedPrompt
 from e2p.errors import ConfigError
 from e2p.serving.detokenise import AnswerText, Vocabulary
@@ -31,9 +32,9 @@ class Limits:
         waiting: requests that wait for room.
     """
 
-    rows: int = 32
-    cache_tokens: int = 65_536
-    prefill_tokens: int = 2048
+    rows: int = EngineConfig.rows
+    cache_tokens: int = EngineConfig.cache_tokens
+    prefill_tokens: int = EngineConfig.prefill_tokens
     waiting: int = 256
 
     def __post_init__(self) -> None:
@@ -54,6 +55,7 @@ class Call:
         prefix: makes them, [K, H], in the thread that owns the model.
         sampling: how tokens are chosen.
         strip: leave out white space at both ends of an answer.
+        revision: of the adapter that it was made for.
         listener: what the events are for.
         cancelled: nobody listens any more, or it has failed.
     """
@@ -64,6 +66,7 @@ class Call:
     prefix: Callable[[], Tensor | None]
     sampling: Sampling
     strip: bool
+    revision: str = ""
     listener: Any = None
     cancelled: bool = False
 

@@ -6,6 +6,7 @@ Requests are answered together as they come (:mod:`e2p.serving.batching`), each 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from e2p.serving.engine import AdapterInfo, EngineError, Event, Finished, Reques
 from e2p.serving.hf_requests import Served
 
 _FAILURES = 3  # requests that fail, and none that succeeds, before the engine says that it is not ready
+_REST = 30.0  # seconds after the last of them: who is given nothing while he is not ready could never show that he is
 
 
 class HFEngine:
@@ -143,8 +145,9 @@ class HFEngine:
         if worker is None or not self._served:
             return {"ready": False}
         rows = worker.running
+        failing = worker.failures >= _FAILURES and time.monotonic() - worker.failed < _REST
         return {
-            "ready": worker.alive and worker.failures < _FAILURES,
+            "ready": worker.alive and not failing,
             "batching": "joined" if worker.joined else "reread",
             "running": rows,
             "waiting": worker.waiting,

@@ -100,7 +100,7 @@ class Served:
                 f"max_tokens: expected at most {left} behind a prompt of {len(prompt.ids)} tokens (room for {room} in "
                 f"all), got {sampling.max_tokens}; lower it, or shorten the prompt"
             )
-        return Call(prompt, at, count, prefix or _nothing, sampling, not request.raw)
+        return Call(prompt, at, count, prefix or _nothing, sampling, not request.raw, self.info.revision)
 
     def _encode(self, prompt: Prompt, raw: bool) -> EncodedPrompt:
         if raw and not isinstance(prompt, str):
