@@ -31,7 +31,8 @@ class LimitsConfig:
         body_bytes: largest body of a request, and largest row of a bulk upload.
         upload_bytes: largest bulk upload.
         uploads: bulk uploads at once.
-        prompt_chars: characters of a prompt, all messages together.
+        prompt_chars: characters of a prompt, all messages together, or its tokens where it is token ids.
+        prompts: prompts of one request to completions; ``prompt_chars`` is for all of them.
         default_max_tokens: longest answer where a request does not say, or as long as the window has room for.
         max_tokens: longest answer that a request may ask for.
         n: answers to one prompt.
@@ -47,6 +48,7 @@ class LimitsConfig:
     upload_bytes: int = 1 << 30
     uploads: int = 2
     prompt_chars: int = 100_000
+    prompts: int = 64
     default_max_tokens: int = 256
     max_tokens: int = 2048
     n: int = 8

@@ -192,6 +192,50 @@ def test_completions_whole_and_streamed(server: Server) -> None:
     assert chunks[0].e2p["arm"] == "null"
 
 
+def test_completions_of_several_prompts(server: Server) -> None:
+    """Each for the same user; answers are counted on from prompt to prompt."""
+    server.put("u1", (1, 2, 3))
+    client = server.openai()
+    prompts = ["a", "b b", "c c c"]
+    answer = client.completions.create(model="taste", prompt=prompts, user="u1", n=2, logprobs=1)
+    texts = [f"taste user 1 [1 2 3] {prompt}" for prompt in prompts for _ in range(2)]
+    assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(texts))
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, 2 * (7 + 8 + 9))
+    assert answer.choices[5].logprobs.text_offset[-1] == len(texts[5]) - 2
+    assert [(each.prompt, each.raw, each.sampling.n) for each in server.engine.requests] == [
+        (prompt, True, 2) for prompt in prompts
+    ]
+    chunks = list(
+        client.completions.create(model="taste", prompt=prompts, stream=True, stream_options={"include_usage": True})
+    )
+    found = dict.fromkeys(range(3), "")
+    for chunk in chunks[:-1]:
+        found[chunk.choices[0].index] += chunk.choices[0].text
+    assert list(found.values()) == [f"taste null 1 [] {prompt}" for prompt in prompts]
+    assert sorted(chunk.choices[0].index for chunk in chunks[:-1] if chunk.choices[0].finish_reason) == [0, 1, 2]
+    assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (6, 5 + 6 + 7)
+
+
+def test_completions_of_token_ids(server: Server) -> None:
+    client = server.openai()
+    for given, texts in (([5, 6], ["5 6"]), ([[5, 6], [7]], ["5 6", "7"])):
+        answer = client.completions.create(model="backbone", prompt=given)
+        assert [choice.text for choice in answer.choices] == [f"backbone none 1 [] {text}" for text in texts]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_several_prompts_one_that_fails_ends_all(stream: bool, server: Server) -> None:
+    server.engine.queue("fine", Failure(RequestError("too long")), Failure(EngineError("away"), after=99))
+    body = {"model": "taste", "prompt": ["a", "b", "c"], "stream": stream}
+    response = server.http.post("/v1/completions", json=body)
+    if stream:
+        assert '"too long"' in response.text
+        assert "[DONE]" not in response.text
+    else:
+        assert error_of(response)[:2] == (400, "invalid_request")
+    assert server.engine.running == 0
+
+
 def test_openais_client_goes_on_with_what_was_answered(server: Server) -> None:
     """Its message has fields that say nothing, such as refusal: null, and more of them where it is made a dict."""
     client = server.openai()
@@ -359,8 +403,15 @@ def test_what_changes_nothing_is_taken(fields: dict[str, Any], server: Server) -
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"prompt": ["a", "b"]}, (400, "invalid_value")),
-        ({"prompt": [1, 2]}, (400, "invalid_value")),
+        ({"prompt": []}, (400, "invalid_value")),
+        ({"prompt": [[]]}, (400, "invalid_value")),
+        ({"prompt": ["a", 1]}, (400, "invalid_value")),
+        ({"prompt": [1, [2]]}, (400, "invalid_value")),
+        ({"prompt": [-1]}, (400, "invalid_value")),
+        ({"prompt": [True]}, (400, "invalid_value")),
+        ({"prompt": ["a"] * 65}, (400, "limit_exceeded")),
+        ({"prompt": ["a" * 60_000] * 2}, (400, "limit_exceeded")),
+        ({"prompt": [[5] * 60_000] * 2}, (400, "limit_exceeded")),
         ({}, (400, "missing_required_parameter")),
         ({"prompt": "a", "echo": True}, (400, "unsupported_parameter")),
         ({"prompt": "a", "best_of": 2}, (400, "unsupported_parameter")),

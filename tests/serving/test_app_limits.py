@@ -201,6 +201,39 @@ def test_uploads_have_a_queue_of_their_own() -> None:
         wait_until(lambda: server.service().uploads.held == 0)
 
 
+@pytest.mark.parametrize("places", [1, 3])
+def test_several_prompts_of_a_request_take_a_place_each(places: int) -> None:
+    """And wait for it, though nobody else may wait; what the engine is given at once stays bounded."""
+    most = 0
+
+    class Counting(FakeEngine):
+        async def generate(self, request: Any) -> Any:
+            nonlocal most
+            async with contextlib.aclosing(super().generate(request)) as events:
+                async for event in events:
+                    most = max(most, self.running)
+                    yield event
+
+    with serving(Counting(delay=0.005), limits=LimitsConfig(running=places, waiting=0)) as server:
+        body = {"model": "taste", "prompt": [str(number) for number in range(8)]}
+        choices = server.http.post("/v1/completions", json=body).json()["choices"]
+        assert [choice["text"].split()[-1] for choice in choices] == body["prompt"]
+        assert most == places
+        queue = server.service().queue
+        assert (queue.held, queue.waits) == (0, 0)
+        assert server.chat().status_code == 200
+
+
+def test_several_prompts_of_one_who_leaves_are_all_given_up() -> None:
+    with serving(FakeEngine(delay=0.05), limits=LimitsConfig(running=2)) as server:
+        body = {"model": "taste", "prompt": ["a", "b", "c", "d"], "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_bytes())
+        queue = server.service().queue
+        wait_until(lambda: (server.engine.running, queue.held, queue.waits) == (0, 0, 0))
+        assert len(server.engine.requests) == server.engine.cancelled == 2
+
+
 def test_when_to_come_again_grows_with_the_queue() -> None:
     queue = Queue(2, 10)
     queue._seconds = 4.0

@@ -20,12 +20,22 @@ from torch import Tensor
 
 from e2p.config import BackboneConfig
 from e2p.config_serving import EngineConfig
+from e2p.data.templates import TextEncoder
 from e2p.errors import AdapterError, BackboneError, ConfigError
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel
 from e2p.serving import hf_engine
 from e2p.serving.calls import Limits
-from e2p.serving.engine import Delta, EngineBusyError, EngineError, Personal, Request, RequestError, Started
+from e2p.serving.engine import (
+    Delta,
+    EngineBusyError,
+    EngineError,
+    Personal,
+    Request,
+    RequestError,
+    Started,
+    TokenIds,
+)
 from e2p.serving.hf_engine import HFEngine
 from engines import ADAPTERS, PROMPTS, TEXT, USERS, all_answered, answered, asked, build, engine_on, saved
 from tiny import EOS, logits_alone, make_batch, tiny_backbone
@@ -320,6 +330,29 @@ def test_a_raw_text_is_continued_as_it_stands(models: dict[str, E2PModel], folde
     raw, chat = asyncio.run(play())
     assert [found.text for found in raw] == [tokenizer.decode(out, skip_special_tokens=True)] * 2
     assert raw[0].started.prompt_tokens == len(ids) < chat.started.prompt_tokens
+
+
+def test_token_ids_are_continued_as_the_text_that_they_are(
+    models: dict[str, E2PModel], folders: dict[str, Path]
+) -> None:
+    backbone = models["late"].backbone
+    ids = TokenIds(TextEncoder(backbone.tokenizer, chat="never").prompt(PROMPTS[3]).ids)
+
+    async def play() -> None:
+        async with engine_on(backbone, folders) as engine:
+            for adapter, user in (("late", USERS[0]), ("early", USERS[1]), ("middle", USERS[0]), ("backbone", None)):
+                requests = [asked(adapter, prompt, user, raw=True) for prompt in (PROMPTS[3], ids)]
+                text, given = await all_answered(engine, requests)
+                assert (given.texts, given.started) == (text.texts, text.started)
+            for wrong in ((), (-1,), (2**31 - 1,)):
+                with pytest.raises(RequestError, match="prompt: expected token ids from 0 to"):
+                    await answered(engine, asked("late", TokenIds(wrong), USERS[0], raw=True))
+            with pytest.raises(RequestError, match="expected at most 60 tokens for 'late', got 70; shorten it"):
+                await answered(engine, asked("late", TokenIds([5] * 70), USERS[0], raw=True))
+            with pytest.raises(RequestError, match="got token ids; set raw"):
+                await answered(engine, asked("late", ids, USERS[0]))
+
+    asyncio.run(play())
 
 
 def test_an_answer_ends_before_its_stop_text(models: dict[str, E2PModel], folders: dict[str, Path]) -> None:

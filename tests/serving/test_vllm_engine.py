@@ -22,7 +22,7 @@ from e2p.errors import AdapterError, BackboneError, ConfigError
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel
 from e2p.model.token_table import TokenTable
-from e2p.serving.engine import Delta, EngineBusyError, EngineError, RequestError, TokenLogprob
+from e2p.serving.engine import Delta, EngineBusyError, EngineError, RequestError, TokenIds, TokenLogprob
 from e2p.serving.http.app import create_app
 from e2p.serving.vllm_engine import VLLMEngine
 from engines import ADAPTERS, PROMPTS, USERS, all_answered, answered, asked, build, saved
@@ -212,6 +212,21 @@ def test_how_tokens_are_chosen_reaches_the_server(world: World) -> None:
     first = found.logprobs[1][0]
     assert isinstance(first, TokenLogprob)
     assert (first.logprob, len(first.top), first.top[0]) == (-0.1, 2, (first.token, -0.1))
+
+
+@pytest.mark.parametrize("transport", ["embeddings", "chat"])
+def test_token_ids_are_continued_as_the_text_that_they_are(world: World, transport: str) -> None:
+    server = FakeVLLM(world.table, trusts=True)
+    ids = TokenIds(world.models["late"].encoder.tokenizer(PROMPTS[3])["input_ids"])
+
+    async def story() -> None:
+        async with engine_on(world, server, transport=transport) as engine:
+            for adapter, user in (("late", USERS[0]), ("early", USERS[1]), ("backbone", None)):
+                requests = [asked(adapter, prompt, user, raw=True) for prompt in (PROMPTS[3], ids)]
+                text, given = await all_answered(engine, requests)
+                assert (given.texts, given.started) == (text.texts, text.started)
+
+    play(story)
 
 
 def test_the_likeliest_tokens_are_the_same_for_all_answers_and_asked_for_once(world: World) -> None:

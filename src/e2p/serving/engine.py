@@ -21,6 +21,12 @@ Reason = Literal["stop", "length"]
 Mode = Literal["user", "null", "none"]
 
 
+class TokenIds(tuple[int, ...]):
+    """A prompt as the backbone's token ids, which is continued as it stands: nothing is added or cut."""
+
+    __slots__ = ()
+
+
 class EngineError(E2PError):
     """An engine cannot answer now: it is starting, stopping, or its upstream is away."""
 
@@ -82,7 +88,7 @@ class Request:
 
     Args:
         adapter: name of the adapter, or of the backbone for a bare one.
-        prompt: a text or messages, as training had them.
+        prompt: a text or messages, as training had them; or token ids, with ``raw``.
         personal: whose answer it is to be.
         sampling: how.
         raw: a text is continued as it stands, without the chat template, and the continuation keeps its white space;
@@ -90,7 +96,7 @@ class Request:
     """
 
     adapter: str
-    prompt: Prompt
+    prompt: Prompt | TokenIds
     personal: Personal = field(default_factory=Personal)
     sampling: Sampling = field(default_factory=Sampling)
     raw: bool = False
@@ -177,6 +183,13 @@ class AdapterInfo:
     revision: str
     prefix_tokens: int
     position: str
+
+
+def prompt_size(prompt: Prompt | TokenIds) -> int:
+    """Characters of a prompt, all messages together, or its tokens where it is token ids."""
+    if isinstance(prompt, str | TokenIds):
+        return len(prompt)
+    return sum(len(message["content"]) for message in prompt)
 
 
 class Engine(Protocol):

@@ -27,6 +27,7 @@ from e2p.serving.engine import (
     Request,
     RequestError,
     Started,
+    TokenIds,
     TokenLogprob,
 )
 
@@ -55,8 +56,15 @@ def echo(request: Request) -> str:
     """What was asked, as words: whose answer, strength, vector, prompt."""
     personal = request.personal
     vector = "" if personal.vector is None else " ".join(f"{number:g}" for number in personal.vector)
-    prompt = request.prompt if isinstance(request.prompt, str) else request.prompt[-1]["content"]
-    return f"{request.adapter} {personal.mode} {personal.strength:g} [{vector}] {prompt}"
+    return f"{request.adapter} {personal.mode} {personal.strength:g} [{vector}] {_texts(request)[-1]}"
+
+
+def _texts(request: Request) -> list[str]:
+    """Of the prompt: messages' contents; token ids as words."""
+    prompt = request.prompt
+    if isinstance(prompt, TokenIds):
+        return [" ".join(map(str, prompt))]
+    return [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
 
 
 class FakeEngine(Engine):
@@ -149,8 +157,8 @@ class FakeEngine(Engine):
         texts = failure.text if failure else answer
         given = [texts] * request.sampling.n if isinstance(texts, str) else list(texts)  # type: ignore[arg-type]
         answers = [_tokens(text, request) for text in given]
-        prompt = request.prompt if isinstance(request.prompt, str) else " ".join(m["content"] for m in request.prompt)
-        yield Started(len(prompt.split()), info.prefix_tokens if request.personal.mode != "none" else 0)
+        words = sum(len(text.split()) for text in _texts(request))
+        yield Started(words, info.prefix_tokens if request.personal.mode != "none" else 0)
         said = 0
         for step in range(max(len(tokens) for tokens, _ in answers)):
             for index, (tokens, _) in enumerate(answers):

@@ -19,7 +19,7 @@ from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel
 from e2p.model.projector import StaticPrefix, user_vectors
 from e2p.serving.calls import Call, Limits
-from e2p.serving.engine import AdapterInfo, Personal, Request, RequestError, Sampling
+from e2p.serving.engine import AdapterInfo, Personal, Request, RequestError, Sampling, TokenIds
 
 _MOST_LOGPROBS = 20
 
@@ -102,11 +102,16 @@ class Served:
             )
         return Call(prompt, at, count, prefix or _nothing, sampling, not request.raw, self.info.revision)
 
-    def _encode(self, prompt: Prompt, raw: bool) -> EncodedPrompt:
-        if raw and not isinstance(prompt, str):
+    def _encode(self, prompt: Prompt | TokenIds, raw: bool) -> EncodedPrompt:
+        if raw and not isinstance(prompt, str | TokenIds):
             raise RequestError("prompt: expected a text to be continued as it stands, got messages; leave raw out")
+        if not raw and isinstance(prompt, TokenIds):
+            raise RequestError("prompt: expected a text or messages, got token ids; set raw")
         try:
-            encoded = (self.raw if raw else self.encoder).prompt(prompt)
+            if isinstance(prompt, TokenIds):
+                encoded = self._as_given(prompt)
+            else:
+                encoded = (self.raw if raw else self.encoder).prompt(prompt)
         except DataError as error:
             raise RequestError(f"prompt: {error}") from None
         if self.limit is not None and len(encoded.ids) > self.limit:
@@ -115,6 +120,13 @@ class Served:
                 "shorten it"
             )
         return encoded
+
+    def _as_given(self, ids: TokenIds) -> EncodedPrompt:
+        rows = self.backbone.model.get_input_embeddings().weight.shape[0]
+        if not ids or not 0 <= min(ids) <= max(ids) < rows:
+            raise RequestError(f"prompt: expected token ids from 0 to {rows - 1}, got others; use this backbone's")
+        after_bos = int(ids[0] == self.backbone.tokenizer.bos_token_id)
+        return EncodedPrompt(list(ids), after_bos, after_bos)
 
     def _prefix(self, personal: Personal) -> Callable[[], Tensor | None] | None:
         """What makes the soft tokens, or None for none."""

@@ -37,6 +37,8 @@ from e2p.serving.engine import (
     Request,
     RequestError,
     Started,
+    TokenIds,
+    prompt_size,
 )
 from e2p.serving.hf_requests import Served
 from e2p.serving.vllm_chat import as_trained, begins_turns_alike, chat_bodies
@@ -159,7 +161,7 @@ class VLLMEngine:
         if served is None:
             names = ", ".join(self._served)
             raise RequestError(f"adapter: expected one of {names}, got '{request.adapter}'; name one that is served")
-        job = await self._aside(partial(self._job, request, served), _characters(request) <= _SHORT)
+        job = await self._aside(partial(self._job, request, served), prompt_size(request.prompt) <= _SHORT)
         with self._counted():
             tried: list[Upstream] = []
             given = 0
@@ -277,7 +279,7 @@ class VLLMEngine:
         some = False
         if transport != "embeddings":
             late = call.at == len(ids) and not call.prompt.cut and not request.raw and job.served.encoder.plain_as_chat
-            prompt = request.prompt if late and self._alike else None
+            prompt = None if isinstance(request.prompt, TokenIds) or not (late and self._alike) else request.prompt
             tokenizer, forms = self._table.tokenizer, set(upstream.forms)
             for way in chat_bodies(tokenizer, prompt, ids, call.at, job.soft, fields(chat=True), forms):
                 some = True
@@ -370,11 +372,6 @@ def _fitted(job: _Job, window: int) -> _Job:
             f"{call.longest}; lower it, or shorten the prompt"
         )
     return job
-
-
-def _characters(request: Request) -> int:
-    prompt = request.prompt
-    return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
 
 
 def _grown(

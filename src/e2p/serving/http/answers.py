@@ -1,10 +1,10 @@
-"""One request in work: a place in the queue, whose answer it is, the engine's events; cancelled when nobody listens."""
+"""One request in work: places in the queue, whose answer it is, the engine's events; cancelled when nobody listens."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -21,19 +21,24 @@ _AHEAD = 256  # events that an engine may be ahead of a client that reads slowly
 
 
 class Answer:
-    """Events of one request, made by one task from start to end.
+    """Events of one request, made by one task from start to end, and by one more for each further prompt.
 
-    The vector is looked up when the place in the queue is had and not before: waiting does not age it.
+    The vector is looked up when the place in the queue is had and not before: waiting does not age it. Answers to
+    further prompts are counted on: where each prompt gets two, those to the second one are 2 and 3.
 
     Args:
         engine: who answers.
         places: the queue.
-        prepare: finds whose answer it is and makes the engine's request.
+        prepare: finds whose answer it is and makes the engine's requests, one for each prompt.
         seconds: for everything, from now on.
     """
 
     def __init__(
-        self, engine: Engine, places: Queue, prepare: Callable[[], Awaitable[tuple[Person, Request]]], seconds: float
+        self,
+        engine: Engine,
+        places: Queue,
+        prepare: Callable[[], Awaitable[tuple[Person, Sequence[Request]]]],
+        seconds: float,
     ) -> None:
         self._engine, self._places, self._prepare, self._seconds = engine, places, prepare, seconds
         self._events: asyncio.Queue[Event | Exception | None] = asyncio.Queue(_AHEAD)
@@ -83,16 +88,35 @@ class Answer:
     async def _run(self) -> None:
         ending: Exception | None = None
         try:
-            async with asyncio.timeout(self._seconds), self._places.place():
-                self._person, request = await self._prepare()
-                async with aclosing(self._engine.generate(request)) as events:
-                    async for event in events:
-                        await self._events.put(event)
+            async with asyncio.timeout(self._seconds), AsyncExitStack() as held:
+                await held.enter_async_context(self._places.place())
+                self._person, (request, *others) = await self._prepare()
+                if not others:
+                    await self._generate(request)
+                else:
+                    async with asyncio.TaskGroup() as tasks:
+                        for number, other in enumerate(others, 1):
+                            tasks.create_task(self._also(other, number))
+                        await self._generate(request)
+                        await held.aclose()  # for one of the others, it may be
         except TimeoutError:
             ending = timed_out(self._seconds)
+        except ExceptionGroup as errors:
+            ending = as_api_error(errors.exceptions[0])
         except Exception as error:
             ending = as_api_error(error)
         await self._events.put(ending)
+
+    async def _also(self, request: Request, number: int) -> None:
+        async with self._places.place(more=True):
+            await self._generate(request, number * request.sampling.n)
+
+    async def _generate(self, request: Request, first: int = 0) -> None:
+        async with aclosing(self._engine.generate(request)) as events:
+            async for event in events:
+                if first and not isinstance(event, Started):
+                    event = replace(event, index=first + event.index)
+                await self._events.put(event)
 
 
 def as_api_error(error: Exception) -> Exception:

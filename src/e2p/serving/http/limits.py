@@ -101,9 +101,13 @@ class Queue:
         self._places = asyncio.Semaphore(self.running)
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """Hold a place. Raises ApiError 429 with Retry-After where too many wait already."""
-        if self._places.locked() and self.waits >= self.waiting:
+    async def place(self, more: bool = False) -> AsyncIterator[None]:
+        """Hold a place. Raises ApiError 429 with Retry-After where too many wait already.
+
+        Args:
+            more: for who has been let in already and does more at once, such as another prompt of one request.
+        """
+        if self._places.locked() and self.waits >= self.waiting and not more:
             said = f"{self.held} requests are running and {self.waits} are waiting; try again later"
             raise ApiError(429, "queue_full", said, headers={"Retry-After": str(self.retry_after())})
         self.waits += 1

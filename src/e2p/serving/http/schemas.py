@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
@@ -11,7 +11,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, FiniteFloat, T
 
 from e2p.config_serving import LimitsConfig
 from e2p.data.templates import Prompt
-from e2p.serving.engine import Sampling
+from e2p.serving.engine import Sampling, TokenIds
 from e2p.serving.http.errors import ApiError
 
 MAX_DIM, MAX_ID = 65_536, 1024
@@ -19,6 +19,7 @@ MAX_MESSAGES = 2048  # and parts of a message: empty ones cost time as well, whi
 _MANY = 100  # mistakes that are not told one by one, since a body may be made of them
 UserId = Annotated[str, Field(min_length=1, max_length=MAX_ID, pattern=r"\S")]
 Vector = Annotated[list[FiniteFloat], Field(min_length=1, max_length=MAX_DIM, fail_fast=True)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
 Version = Annotated[str, Field(max_length=255)]
 
 # They change nothing about an answer, or say what is so anyway.
@@ -116,8 +117,8 @@ class _Asked(_Model):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def prompt_text(self) -> Prompt:
-        """What the engine is given."""
+    def prompts(self) -> Sequence[Prompt | TokenIds]:
+        """What the engine is given, one after the other."""
         raise NotImplementedError
 
     def top(self) -> int | None:
@@ -154,8 +155,8 @@ class ChatRequest(_Asked):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    def prompt_text(self) -> Prompt:
-        return [message.plain() for message in self.messages]
+    def prompts(self) -> Sequence[Prompt | TokenIds]:
+        return [[message.plain() for message in self.messages]]
 
     def top(self) -> int | None:
         if self.top_logprobs and not self.logprobs:
@@ -167,13 +168,19 @@ class ChatRequest(_Asked):
 
 
 class CompletionRequest(_Asked):
-    """POST /v1/completions: a text is continued as it stands."""
+    """POST /v1/completions: texts, or their token ids, are continued as they stand."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
-    def prompt_text(self) -> Prompt:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    def prompts(self) -> Sequence[Prompt | TokenIds]:
+        given: Any = [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
+        return [each if isinstance(each, str) else TokenIds(each) for each in given]
 
     def top(self) -> int | None:
         return self.logprobs
@@ -268,8 +275,3 @@ def supported(kind: type[_Asked], value: Mapping[str, Any]) -> dict[str, Any]:
 def too_much(name: str, limit: float, got: float) -> ApiError:
     """Error 400 for a number beyond a limit."""
     return ApiError(400, "limit_exceeded", f"{name}: expected at most {limit}, got {got}; ask for less", name)
-
-
-def prompt_size(prompt: Prompt) -> int:
-    """Characters of a prompt."""
-    return len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from e2p.config_serving import ServingConfig, is_loopback
-from e2p.serving.engine import AdapterInfo, Engine
+from e2p.serving.engine import AdapterInfo, Engine, prompt_size
 from e2p.serving.engine import Request as Asked
 from e2p.serving.http.answers import Answer, EventStream
 from e2p.serving.http.auth import Key
@@ -18,7 +18,7 @@ from e2p.serving.http.errors import ApiError
 from e2p.serving.http.limits import Queue, while_listening
 from e2p.serving.http.people import People, Person
 from e2p.serving.http.responses import JSON
-from e2p.serving.http.schemas import ChatRequest, CompletionRequest, prompt_size, too_much
+from e2p.serving.http.schemas import ChatRequest, CompletionRequest, too_much
 from e2p.serving.http.streams import Reply, frames, whole
 from e2p.serving.http.telemetry import Record, Telemetry
 from e2p.serving.http.vectors import Vectors
@@ -83,21 +83,24 @@ class Service:
         if asked.user is not None:
             record.facts["user"] = asked.user
             key.require_user(asked.user)
-        prompt, sampling = asked.prompt_text(), asked.sampling(limits)
-        if prompt_size(prompt) > limits.prompt_chars:
-            raise too_much("messages" if chat else "prompt", limits.prompt_chars, prompt_size(prompt))
+        prompts, sampling = asked.prompts(), asked.sampling(limits)
+        if len(prompts) > limits.prompts:
+            raise too_much("prompt", limits.prompts, len(prompts))
+        size = sum(map(prompt_size, prompts))
+        if size > limits.prompt_chars:
+            raise too_much("messages" if chat else "prompt", limits.prompt_chars, size)
         self.adapter(asked.model)
 
-        async def prepare() -> tuple[Person, Asked]:
+        async def prepare() -> tuple[Person, list[Asked]]:
             person = await self.people.person(asked.user, asked.e2p, self.adapter(asked.model))
-            return person, Asked(asked.model, prompt, person.personal, sampling, raw=not chat)
+            return person, [Asked(asked.model, each, person.personal, sampling, raw=not chat) for each in prompts]
 
         work = Answer(self.engine, self.queue, prepare, limits.seconds)
         try:
             started = await while_listening(http.receive, work.first())
             usage = bool(asked.stream_options and asked.stream_options.include_usage)
             told = sampling.logprobs is not None
-            reply = Reply(chat, asked.model, sampling.n, told, usage, work.person, started)
+            reply = Reply(chat, asked.model, sampling.n * len(prompts), told, usage, work.person, started)
             record.facts |= {"adapter": asked.model, "arm": work.person.arm, "reason": work.person.reason}
             if asked.stream:
 
@@ -122,11 +125,11 @@ class Service:
     def _count(self, reply: Reply, record: Record) -> None:
         name, person, metrics = reply.person.adapter.name, reply.person, self.telemetry
         metrics.answers.labels(name, person.arm, person.reason).inc()
-        metrics.tokens.labels(name, "prompt").inc(reply.started.prompt_tokens)
+        metrics.tokens.labels(name, "prompt").inc(reply.read)
         metrics.tokens.labels(name, "completion").inc(reply.written)
         if reply.first_token is not None:
             metrics.first.labels(name).observe(reply.first_token - record.started)
-        record.facts |= {"prompt_tokens": reply.started.prompt_tokens, "completion_tokens": reply.written}
+        record.facts |= {"prompt_tokens": reply.read, "completion_tokens": reply.written}
 
     def _dimensions(self) -> list[int]:
         return [info.dimension for info in self.engine.adapters()]

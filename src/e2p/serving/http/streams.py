@@ -25,11 +25,11 @@ class Reply:
     Args:
         chat: of chat completions, or of completions.
         model: as the client called it.
-        n: answers.
+        n: answers, to all prompts together.
         logprobs: whether they were asked for.
         include_usage: whether a stream ends with the tokens used.
         person: whose answer it is.
-        started: what the engine said first.
+        started: what the engine said first; for further prompts it says so again.
     """
 
     chat: bool
@@ -39,15 +39,19 @@ class Reply:
     include_usage: bool
     person: Person
     started: Started
+    read: int = field(init=False)
     written: int = 0
     first_token: float | None = None
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def __post_init__(self) -> None:
+        self.read = self.started.prompt_tokens
+
     def usage(self) -> dict[str, Any]:
         """Tokens. Soft tokens are not counted: no text stands for them."""
-        read = self.started.prompt_tokens
-        return {"prompt_tokens": read, "completion_tokens": self.written, "total_tokens": read + self.written}
+        read, written = self.read, self.written
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     def head(self, chunk: bool) -> dict[str, Any]:
         """What stands in a response beside its choices."""
@@ -68,6 +72,8 @@ class Reply:
         if isinstance(event, Delta):
             self.written += event.tokens  # and not at the end, which an answer may not reach
             self.first_token = self.first_token or time.perf_counter()
+        elif isinstance(event, Started):
+            self.read += event.prompt_tokens
 
 
 async def whole(reply: Reply, parts: AsyncGenerator[list[Event], None]) -> dict[str, Any]:
