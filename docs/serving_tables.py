@@ -1,4 +1,4 @@
-"""Tables of docs/speed.md from results/bench_answers.json, bench_serve.json, bench_vllm.json, bench_soak*.json and
+"""Tables of docs/speed.md from results/bench_answers.json, bench_serve*.json, bench_vllm*.json, bench_soak*.json and
 bench_store.json."""
 
 from __future__ import annotations
@@ -38,24 +38,28 @@ def answers_table(hardware: Hardware) -> str:
 
 
 def serve_table(hardware: Hardware) -> str:
-    """The engine within the process."""
-    content = _read("bench_serve")
-    if content is None:
-        return ""
-    lines = ["| | tokens/s, how many times as many | first token, how many times as soon | aim |", "|---|---|---|---|"]
-    for name, (label, aim) in SERVED.items():
-        ratio = content["ratios"][name]
-        cells = [_spread(ratio["speed"]), _spread(ratio["first_token"])]
-        missed = aim is not None and ratio["speed"]["median"] < aim
-        cells.append("" if aim is None else f"{aim:g}{', missed' if missed else ''}")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    sides = content["sides"]
-    told = (
-        f"{sides['together']['tokens_per_second']:,.0f} tokens/s of {content['users']} users, "
-        f"{sides['alone']['tokens_per_second']:,.0f} of one; prompts of {content['prompt_tokens']} tokens, answers of "
-        f"{content['new_tokens']}."
-    )
-    return "\n".join([*lines, "", f"{told} {_made(content, 'bench_serve', hardware)}", ""])
+    """The engine within the process, on each kind of processor that it was measured on."""
+    parts: list[str] = []
+    for file in ("bench_serve", "bench_serve_epyc"):
+        content = _read(file)
+        if content is None:
+            continue
+        lines = ["| | tokens/s, how many times as many | first token, how many times as soon | aim |"]
+        lines.append("|---|---|---|---|")
+        for name, (label, aim) in SERVED.items():
+            ratio = content["ratios"][name]
+            cells = [_spread(ratio["speed"]), _spread(ratio["first_token"])]
+            missed = aim is not None and ratio["speed"]["median"] < aim
+            cells.append("" if aim is None else f"{aim:g}{', missed' if missed else ''}")
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+        sides = content["sides"]
+        told = (
+            f"{sides['together']['tokens_per_second']:,.0f} tokens/s of {content['users']} users, "
+            f"{sides['alone']['tokens_per_second']:,.0f} of one; prompts of {content['prompt_tokens']} tokens, answers "
+            f"of {content['new_tokens']}."
+        )
+        parts += [*lines, "", f"{told} {_made(content, file, hardware)}", ""]
+    return "\n".join(parts)
 
 
 def store_table(hardware: Hardware) -> str:
