@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-vllm redis lint format docs clean
+.PHONY: demo test test-vllm redis chromium lint format docs clean
 
 demo: .venv/.installed
 	$(BIN)/e2p demo
@@ -20,6 +20,12 @@ redis:
 	@command -v redis-server >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends redis-server >/dev/null; } \
 	  || echo "no redis-server: the tests of the store in Redis are skipped; apt-get install redis-server"
+
+# The playground's test drives a real browser where there is one, and is skipped elsewhere.
+chromium:
+	@command -v chromedriver >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium chromium-driver >/dev/null; } \
+	  || echo "no chromium: the playground's test in a browser is skipped; apt-get install chromium chromium-driver"
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check src tests benchmarks docs examples
