@@ -152,14 +152,18 @@ class ObjectiveConfig:
     Args:
         name: ``lm``: the completion's log-likelihood (paper, Eq. 4), of engaged rows alone where the table has labels;
             ``kto``: Kahneman-Tversky optimisation (Ethayarajh et al. 2024, Eq. 7) of yes/no labels against the
-            frozen model without prefix; ``engagement``: the weighted cross-entropy that the paper prints (Eq. 5).
+            frozen model without prefix; ``engagement``: the weighted cross-entropy that the paper prints (Eq. 5);
+            ``hits``: how often ``draws`` independent draws hold the completion, which is what HitRate rewards, of
+            engaged rows alone, too; beyond the paper.
         beta: kto: how fast value saturates as a completion gets likelier or less likely than under the frozen model.
         desirable_weight: kto: weight of engaged rows.
         undesirable_weight: kto: weight of rows that are not engaged.
         balance: kto: ``auto`` multiplies both weights so that the two kinds count alike, whatever their shares.
-        likelihood: kto: weight of the engaged completions' negative log-likelihood per token beside it, so that the
-            model also learns to write them and not only to tell them apart. 0: as published.
+        likelihood: kto, hits: weight of the engaged completions' negative log-likelihood per token beside it, so that
+            the model also learns to write them and not only to tell them apart, or where no draw could yet hold them.
+            0: kto as published.
         alpha: engagement: weight of rows that are not engaged.
+        draws: hits: their number.
         per_token: kto, engagement: a completion's likelihood is its tokens' geometric mean and not their product.
         contrast: lm: weight of the contrastive term: the completion shall be likelier with its own user's vector than
             with a stranger's, drawn anew in every epoch. 0: off; otherwise a step costs about twice the time.
@@ -168,20 +172,23 @@ class ObjectiveConfig:
             profile from the model with the soft token, at every completion token. 0: off; needs a column ``profile``.
     """
 
-    name: Literal["lm", "kto", "engagement"] = "lm"
+    name: Literal["lm", "kto", "engagement", "hits"] = "lm"
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     balance: Literal["auto", "none"] = "auto"
     likelihood: float = 0.0
     alpha: float = 1.0
+    draws: int = 30
     per_token: bool = False
     contrast: float = 0.0
     contrast_margin: float = 0.5
     distill: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.name in ("lm", "kto", "engagement"), "objective.name", "lm, kto or engagement", self.name)
+        names = ("lm", "kto", "engagement", "hits")
+        require(self.name in names, "objective.name", "lm, kto, engagement or hits", self.name)
+        require(self.draws >= 1, "objective.draws", "a whole number >= 1", self.draws)
         for name in ("beta", "desirable_weight", "undesirable_weight", "contrast_margin"):
             require(getattr(self, name) > 0, f"objective.{name}", "a number > 0", getattr(self, name))
         for name in ("alpha", "likelihood", "contrast", "distill"):
@@ -190,6 +197,11 @@ class ObjectiveConfig:
         require(not both, "objective", "one of contrast and distill", (self.contrast, self.distill))
         alone = self.name == "lm" or not (self.contrast or self.distill)
         require(alone, "objective", "contrast and distill with name lm", self.name)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it learns from examples that were not engaged with, too."""
+        return self.name in ("kto", "engagement")
 
 
 @dataclass(frozen=True)
@@ -212,7 +224,7 @@ class TrainingConfig:
         evals_per_epoch: validations in an epoch; each leaves a checkpoint to resume from.
         patience: stop after this many validations without improvement; 0: never. The best weights are kept always.
         seed: seed of phi's start, of the order of the examples and of the dropped vectors.
-        profile_share: lm: share of the examples that are read with their text profile in the prompt, drawn once by the
+        profile_share: lm, hits: share of the examples that are read with their text profile in the prompt, drawn once by the
             seed, so that e2p+prompt does not meet its profile untaught. 0: none; else needs a column ``profile``.
     """
 
@@ -264,6 +276,6 @@ class RunConfig:
         require(pairs, "training.batch_size", expected, self.training.batch_size)
         # A teacher reads every profile, and what it knows is the student's to find without; kto's reference is kept
         # for the examples as they are.
-        alone = self.training.profile_share == 0 or (self.objective.name == "lm" and not self.objective.distill)
-        expected = "0 unless objective.name is lm and objective.distill is 0"
+        alone = self.training.profile_share == 0 or (not self.objective.labelled and not self.objective.distill)
+        expected = "0 unless objective.name is lm or hits and objective.distill is 0"
         require(alone, "training.profile_share", expected, self.training.profile_share)

@@ -164,7 +164,7 @@ def _headline(config: RunConfig, inputs: RunInputs, judges: Judges) -> str:
     """The metric that the verdict rests on, as :class:`EvaluationConfig` says; before anything is scored."""
     measured = ["nats_per_token"]
     if (inputs.labels[inputs.all_rows("test")] == 0).any():
-        measured.insert(0 if config.objective.name != "lm" else 1, "auc")
+        measured.insert(0 if config.objective.labelled else 1, "auc")
     measured = [*judges.metrics(), *measured, *judges.beside()]
     asked = config.evaluation.headline
     if asked and asked not in measured:

@@ -22,6 +22,7 @@ from e2p.training.objectives import (
     kl_baseline,
     kto_losses,
     lm_loss,
+    miss_losses,
 )
 from e2p.training.preferences import Preferences
 from e2p.training.scoring import loglikelihoods, per_completion, score_batches
@@ -124,6 +125,43 @@ class Likelihood:
             total += torch.tensor([-float(logprobs.double().sum()), len(logprobs)], device=total.device)
         nats, tokens = sums(total).tolist()
         return nats / tokens
+
+
+class Hits:
+    """How often draws hold the completion; what is minimised is how often none does. Validation measures that alone.
+
+    Args:
+        settings: the number of draws, and the weight of the negative log-likelihood beside it.
+        examples: what is trained on.
+    """
+
+    rows_in_pass = 1
+
+    def __init__(self, settings: ObjectiveConfig, examples: Examples) -> None:
+        self.settings, self.examples, self.planned = settings, examples, examples
+        self.unit = f"misses in {settings.draws} draws"
+
+    def begin(self, model: E2PModel, step: Step, budget: int, over_processes: Sum) -> None:
+        """Nothing."""
+
+    def loss(self, model: nn.Module, rows: Ints, drop: npt.NDArray[np.bool_], step: Step) -> Tensor:
+        """Mean over the rows of the whole step."""
+        batch = self.examples.batch(rows, drop).to(_device(model))
+        found = per_completion(model(batch), batch.completion_lengths)
+        losses = miss_losses(found, self.settings.draws)
+        if self.settings.likelihood:
+            losses = losses - self.settings.likelihood * found / batch.completion_lengths
+        return losses.sum() / step.examples
+
+    def mean_loss(
+        self, model: E2PModel, examples: Examples, budget: int, use_prefix: bool, rank: int, world: int, sums: Sum
+    ) -> float:
+        """Mean over the rows."""
+        rows = examples.rows[rank::world]
+        found = torch.from_numpy(loglikelihoods(model, examples, rows, budget, use_prefix=use_prefix)).double()
+        total = torch.tensor([float(miss_losses(found, self.settings.draws).sum()), len(rows)], dtype=torch.float64)
+        misses, count = sums(total.to(model.backbone.device)).tolist()
+        return misses / count
 
 
 class Engagement:

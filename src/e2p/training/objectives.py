@@ -108,6 +108,20 @@ def engagement_losses(
     return -torch.where(engaged, logp, alpha * log1mexp(logp))
 
 
+def miss_losses(loglikelihood: Float[Tensor, "b"], draws: int) -> Float[Tensor, "b"]:
+    """How often none of n independent draws is the completion, (1 - p)^n; beyond the paper.
+
+    One minus it is what the paper's HitRate@n is on average, so minimising it is training for what is measured. The
+    gradient is that of the log-likelihood times n p (1 - p)^(n - 1): what is too unlikely to be drawn pulls at nothing,
+    where the log-likelihood pulls hardest at it.
+
+    Args:
+        loglikelihood: log p of each completion with soft tokens, <= 0.
+        draws: n.
+    """
+    return torch.exp(draws * log1mexp(_wide(loglikelihood)))
+
+
 def log1mexp(logp: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """log(1 - exp(x)) of x <= 0, without loss of digits (Mächler 2012).
 

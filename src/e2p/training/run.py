@@ -26,7 +26,7 @@ from e2p.errors import ConfigError, RunError
 from e2p.model.backbone import FrozenBackbone
 from e2p.model.e2p import E2PModel, text_encoder
 from e2p.provenance import provenance
-from e2p.training.criteria import Criterion, Engagement, Likelihood
+from e2p.training.criteria import Criterion, Engagement, Hits, Likelihood
 from e2p.training.inputs import RunInputs, deal, join_tables, load_inputs, strangers
 from e2p.training.preferences import check_labels, load_preferences, mismatched_rows
 from e2p.training.trainer import E2PTrainer, trainable
@@ -260,7 +260,7 @@ def train_arm(
     model.projector.fit_input(torch.from_numpy(inputs.train_vectors()).to(backbone.device))
     model.objective = to_dict(config.objective)
     vectors = shuffled_rows(inputs, budget.seed) if arm == "shuffled" else None
-    both = config.objective.name != "lm"
+    both = config.objective.labelled
     rows = {part: inputs.all_rows(part) if both else inputs.rows(part) for part in ("train", "validation")}
     tokens = _tokens(config, inputs, model.encoder)
     examples = inputs.examples("train", vector_rows=vectors, rows=rows["train"], tokens=tokens)
@@ -324,7 +324,9 @@ def _criterion(
     config: RunConfig, inputs: RunInputs, arm: str, model: E2PModel, examples: Examples, console: Console | None
 ) -> Criterion:
     settings, seed = config.objective, config.training.seed
-    if settings.name != "lm":
+    if settings.name == "hits":
+        return Hits(settings, examples)
+    if settings.labelled:
         pairs, budget = config.data.split.seed, config.training.tokens_per_pass
         return Engagement(settings, examples, load_preferences(inputs, model, settings, pairs, budget, console))
     return Likelihood(
