@@ -224,8 +224,8 @@ class TrainingConfig:
         evals_per_epoch: validations in an epoch; each leaves a checkpoint to resume from.
         patience: stop after this many validations without improvement; 0: never. The best weights are kept always.
         seed: seed of phi's start, of the order of the examples and of the dropped vectors.
-        profile_share: lm, hits: share of the examples that are read with their text profile in the prompt, drawn once by the
-            seed, so that e2p+prompt does not meet its profile untaught. 0: none; else needs a column ``profile``.
+        profile_share: lm, hits: share of the examples that are read with their text profile in the prompt, drawn once
+            by the seed, so that e2p+prompt does not meet its profile untaught. 0: none; else needs a column ``profile``.
     """
 
     epochs: int = 3

@@ -1,4 +1,4 @@
-"""Training for what HitRate rewards: the loss by hand and by drawing, a step in passes, validation, and what it is for."""
+"""Training for what HitRate rewards: the loss by hand and by drawing, a step in passes, validation, what it is for."""
 
 from __future__ import annotations
 
