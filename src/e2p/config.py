@@ -225,7 +225,7 @@ class TrainingConfig:
         patience: stop after this many validations without improvement; 0: never. The best weights are kept always.
         seed: seed of phi's start, of the order of the examples and of the dropped vectors.
         profile_share: lm, hits: share of the examples that are read with their text profile in the prompt, drawn once
-            by the seed, so that e2p+prompt does not meet its profile untaught. 0: none; else needs a column ``profile``.
+            by the seed, so that e2p+prompt does not meet its profile untaught. 0: none; else it needs ``profile``.
     """
 
     epochs: int = 3
