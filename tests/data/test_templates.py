@@ -281,6 +281,25 @@ def test_truncation_drops_the_oldest_turns_and_keeps_the_system_turn(template: s
     assert kept_counts == ({1, 3, 5, 7} if template is STRICT else set(range(1, 8)))
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, STRICT])
+def test_of_thousands_of_turns_a_few_lengths_are_tried(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each means to write and tokenise everything anew, and anyone may send so many."""
+    tokenizer, tried = tiny_tokenizer(template), list[int]()
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(2001)]
+    encode = TextEncoder._encode
+
+    def counted(self: TextEncoder, prompt: Any, messages: Any, profile: Any) -> Any:
+        tried.append(len(messages))
+        return encode(self, prompt, messages, profile)
+
+    monkeypatch.setattr(TextEncoder, "_encode", counted)
+    cut = encoder(tokenizer, max_prompt_tokens=100, long_prompt="truncate").prompt([SYSTEM, *turns])
+    assert len(tried) < 40
+    step = 2 if template is STRICT else 1
+    kept = sum(f"turn {i}" in text(tokenizer, cut.ids) for i in range(1001, 2001))
+    assert len(cut.ids) <= 100 < len(encoder(tokenizer).prompt([SYSTEM, *turns[-kept - step :]]).ids)
+
+
 def test_truncation_keeps_the_newest_tokens_of_a_plain_text(plain_tokenizer: Any) -> None:
     full = encoder(plain_tokenizer).prompt("the user likes slow jazz")
     cut = encoder(plain_tokenizer, max_prompt_tokens=4, long_prompt="truncate").prompt("the user likes slow jazz")

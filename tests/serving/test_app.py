@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -202,7 +203,7 @@ def test_completions_of_several_prompts(server: Server) -> None:
     assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(texts))
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, 2 * (7 + 8 + 9))
     assert answer.choices[5].logprobs.text_offset[-1] == len(texts[5]) - 2
-    assert [(each.prompt, each.raw, each.sampling.n) for each in server.engine.requests] == [
+    assert sorted((each.prompt, each.raw, each.sampling.n) for each in server.engine.requests) == [
         (prompt, True, 2) for prompt in prompts
     ]
     chunks = list(
@@ -249,7 +250,9 @@ class Odd(FakeEngine):
     """Says what a fake of words cannot."""
 
     async def generate(self, request: Request) -> Any:
-        yield Started(1, 1, "newer")
+        if request.revision != "r1+":  # what is served now was loaded after the request had been made
+            self._adapters["taste"] = replace(ADAPTERS[0], revision="r1+")
+        yield Started(1, 1, "r1+")
         yield Delta(0, "", 1, (TokenLogprob("\ufffd", -math.inf, (("\ufffd", -math.inf),)),))
         yield Delta(0, "é", 1)
         yield Finished(0, "length", 2)
@@ -260,7 +263,7 @@ def test_what_json_cannot_say_and_a_revision_loaded_meanwhile() -> None:
         body = server.chat(logprobs=True).json()
         assert body["choices"][0]["message"]["content"] == "é"
         assert body["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999.0
-        assert body["e2p"]["adapter_revision"] == "newer"
+        assert body["e2p"]["adapter_revision"] == "r1+"
         text = server.chat(logprobs=True, stream=True).text
         assert [json.loads(line[6:])["choices"][0]["delta"] for line in text.split("\n\n")[:-2]] == [
             {"role": "assistant", "content": ""},
@@ -268,6 +271,30 @@ def test_what_json_cannot_say_and_a_revision_loaded_meanwhile() -> None:
             {"content": "é"},
             {},
         ]
+
+
+class InParts(FakeEngine):
+    """A character of three tokens, as byte-level vocabularies make them."""
+
+    async def generate(self, request: Request) -> Any:
+        parts = [r"bytes:\xf0\x9f", r"bytes:\x98", r"bytes:\x80", " ok"]
+        yield Started(1, 1)
+        for number, part in enumerate(parts):
+            text = ("", "", "😀", " ok")[number]
+            yield Delta(0, text, 1, (TokenLogprob(part, -0.5, ((part, -0.5), ("\ufffd", -1), ("\ufffd", -2))),))
+        yield Finished(0, "stop", 4)
+
+
+def test_parts_of_a_character_are_its_bytes() -> None:
+    with serving(InParts()) as server:
+        client = server.openai()
+        chat = client.chat.completions.create(model="taste", messages=HELLO, logprobs=True, top_logprobs=3)
+        rows = chat.choices[0].logprobs.content
+        assert bytes(byte for row in rows for byte in row.bytes) == chat.choices[0].message.content.encode()
+        assert rows[0].token == rows[0].top_logprobs[0].token == r"bytes:\xf0\x9f"
+        text = client.completions.create(model="taste", prompt="hello", logprobs=3).choices[0].logprobs
+        assert text.text_offset == [0, 1, 1, 1]
+        assert text.top_logprobs[0] == {r"bytes:\xf0\x9f": -0.5, "\ufffd": -1}  # of two that read alike the likelier
 
 
 # ---------------------------------------------------------------- models

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from e2p.serving.detokenise import AnswerText, Vocabulary
+from e2p.serving.engine import token_bytes
 from tiny import BOS, CORPUS, EOS, tiny_tokenizer
 
 
@@ -170,3 +171,13 @@ def test_single_tokens_keep_their_space() -> None:
         assert "".join(vocabulary.text(token) for token in ids) == " hello there"
         assert vocabulary.text(ids[-1]) == vocabulary.text(ids[-1])
     assert VOCABULARIES["bytes"].text(EOS) == "<|eos|>"
+
+
+@pytest.mark.parametrize("kind", list(VOCABULARIES))
+@given(TEXTS)
+def test_tokens_one_by_one_have_the_texts_bytes(kind: str, text: str) -> None:
+    """Also where a character takes several tokens, none of which is a text."""
+    vocabulary = VOCABULARIES[kind]
+    ids = vocabulary.tokenizer(text, add_special_tokens=False)["input_ids"]
+    joined = b"".join(token_bytes(vocabulary.text(token)) for token in ids).decode()
+    assert joined.strip() == vocabulary.decode(ids, skip_special=False).strip()  # some drop a space at the beginning

@@ -34,7 +34,7 @@ def test_events_come_in_order() -> None:
     engine = FakeEngine()
     engine.queue("one two")
     assert ask(engine) == [
-        Started(2, 0),
+        Started(2, 0, "r1"),
         Delta(0, "one", 1),
         Delta(0, " two", 1),
         Finished(0, "stop", 2),
@@ -49,7 +49,7 @@ def test_unqueued_it_tells_what_it_was_asked() -> None:
     assert text_of(ask(engine, personal=personal, prompt=[{"role": "user", "content": "hi"}])) == (
         "taste user 0.25 [1 0.5] hi"
     )
-    assert ask(engine, personal=personal)[0] == Started(2, 1)
+    assert ask(engine, personal=personal)[0] == Started(2, 1, "r1")
     assert text_of(ask(FakeEngine(answer=lambda request: request.adapter.upper()))) == "TASTE"
 
 
@@ -81,7 +81,7 @@ def test_it_fails_as_told() -> None:
 
     with pytest.raises(EngineError, match="away"):
         asyncio.run(work())
-    assert seen == [Started(1, 0), Delta(0, "one", 1), Delta(0, " two", 1)]
+    assert seen == [Started(1, 0, "r1"), Delta(0, "one", 1), Delta(0, " two", 1)]
     assert (engine.running, engine.cancelled) == (0, 0)
 
 

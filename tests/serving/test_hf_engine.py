@@ -153,7 +153,7 @@ def test_answers_and_their_logprobs_are_those_of_trainings_forward_pass(
         best = logits.log_softmax(-1).topk(3)
         for entry, ids_, values in zip(found.logprobs[0], best.indices.tolist(), best.values.tolist(), strict=True):
             assert [value for _, value in entry.top] == pytest.approx(values, abs=1e-4)
-            assert [text for text, _ in entry.top] == [model.backbone.tokenizer.decode([token]) for token in ids_]
+            assert [text for text, _ in entry.top] == [written(model.backbone.tokenizer, token) for token in ids_]
             assert entry.token == entry.top[0][0], "greedy"
 
 
@@ -256,7 +256,7 @@ def test_first_tokens_are_distributed_as_the_model_says(
         for index in found.reasons:
             # The end token is no token of the answer.
             seen[found.logprobs[index][0].token if found.tokens[index] else "end"] += 1
-    names = [model.backbone.tokenizer.decode([token]) for token in range(len(expected))]
+    names = [written(model.backbone.tokenizer, token) for token in range(len(expected))]
     names[EOS] = "end"
     wanted: Counter[str] = Counter()
     for name, share in zip(names, expected * draws, strict=True):
@@ -543,6 +543,11 @@ def test_an_adapter_is_exchanged_while_answers_run(models: dict[str, E2PModel], 
             text = "".join([event.text async for event in events if isinstance(event, Delta)])
             assert text == alone(old, request)
             assert (await second).text == alone(new, request) != text
+            # Made for the earlier one, by whose dimension and versions its vector was chosen.
+            late = await answered(engine, replace(request, revision=before.revision))
+            assert (late.text, late.started.revision) == (text, before.revision)
+            assert await engine.reload("a") == after
+            assert (await answered(engine, replace(request, revision=before.revision))).text == text
             (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"broken")
             with pytest.raises(AdapterError):
                 await engine.reload("a")
@@ -725,7 +730,40 @@ def test_a_user_whose_numbers_overflow_harms_nobody(models: dict[str, E2PModel],
 
     answers, refused = asyncio.run(play())
     assert [found.text for found in answers] == [alone(models["late"], request) for request in good]
-    assert all(isinstance(found, EngineError) and "not numbers" in str(found) for found in refused)
+    assert all(
+        isinstance(found, RequestError) and "vector: expected numbers of the size" in str(found) for found in refused
+    )
+
+
+def test_a_user_whose_numbers_overflow_is_the_null_user_at_strength_0(
+    models: dict[str, E2PModel], folders: dict[str, Path]
+) -> None:
+    huge = np.full(4, 3e38, np.float32)
+
+    async def play() -> tuple[Any, Any]:
+        async with engine_on(models["late"].backbone, folders) as engine:
+            return await all_answered(
+                engine, [asked("late", PROMPTS[0], huge, strength=0.0), asked("late", PROMPTS[0], "null")]
+            )
+
+    found, null = asyncio.run(play())
+    assert found.text == null.text
+
+
+def written(tokenizer: Any, token: int) -> str:
+    """A token as OpenAI writes it, by the byte-level alphabet as GPT-2's authors published it."""
+    text = tokenizer.decode([token])
+    if "\ufffd" not in text:
+        return str(text)
+    bs = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    cs, n = bs[:], 0
+    for b in range(256):
+        if b not in bs:
+            bs.append(b)
+            cs.append(256 + n)
+            n += 1
+    byte_of = dict(zip(map(chr, cs), bs, strict=True))
+    return "bytes:" + "".join(f"\\x{byte_of[letter]:02x}" for letter in tokenizer.convert_ids_to_tokens(token))
 
 
 def model_is_finite(model: E2PModel, vector: np.ndarray) -> bool:

@@ -275,6 +275,7 @@ def test_a_key_with_a_prefix_sees_its_own_users_alone() -> None:
     found = opened(here, given)
     assert [found[name]["value"] for name in "ABC"] == ["shop-1", "shop-2", ""]
     assert "ana" not in str(found)
+    assert not any(prompt in str(found) for prompt in KNOWN.prompts), "which others have asked"
     svg, *about = here.look(given, "taste", True, "ana", "shop-1", "")
     assert "ana" not in svg
     assert svg.count("<title>") == 2 * (2 + 1)

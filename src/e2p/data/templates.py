@@ -98,16 +98,10 @@ class TextEncoder:
             return EncodedPrompt([*head, *encoded.ids[full - keep :]], encoded.after_bos, len(head), full - limit)
         first = int(messages[0]["role"] == "system")
         system, turns = messages[:first], messages[first:]
-        while len(turns) > 1:
-            turns = turns[1:]
-            try:
-                encoded = self._encode(prompt, [*system, *turns], profile)
-            except DataError:  # many templates refuse turns that begin with an answer: drop that one too
-                if len(turns) == 1:
-                    raise
-                continue
-            if len(encoded.ids) <= limit:
-                return EncodedPrompt(encoded.ids, encoded.after_bos, encoded.after_system, full - len(encoded.ids))
+        gone, encoded = self._shortened(prompt, system, turns, profile, limit)
+        if len(encoded.ids) <= limit:
+            return EncodedPrompt(encoded.ids, encoded.after_bos, encoded.after_system, full - len(encoded.ids))
+        turns = turns[gone:]
         last = turns[-1]
         content = self._ids(last["content"], False)
         while len(content) > (over := len(encoded.ids) - limit):
@@ -120,6 +114,38 @@ class TextEncoder:
             f"what stands around the last turn's text has {len(encoded.ids) - len(content)} tokens, which leaves no "
             f"room in data.max_prompt_tokens {limit}; raise it"
         )
+
+    def _shortened(
+        self, prompt: Prompt, system: list[dict[str, str]], turns: list[dict[str, str]], profile: str | None, limit: int
+    ) -> tuple[int, EncodedPrompt]:
+        """The fewest oldest turns to drop so that the others fit, and these encoded; at most all but the last.
+
+        By halving, since everything is written and tokenised anew for every number that is tried, and anyone may send
+        thousands of turns. Raises DataError where the template refuses whatever is left.
+        """
+
+        def without(gone: int) -> tuple[int, EncodedPrompt]:
+            while True:
+                try:
+                    return gone, self._encode(prompt, [*system, *turns[gone:]], profile)
+                except DataError:  # many templates refuse turns that begin with an answer: drop that one too
+                    if gone >= len(turns) - 1:
+                        raise
+                    gone += 1
+
+        low, high, best = 1, len(turns) - 1, None
+        while low <= high:
+            middle = (low + high) // 2
+            try:
+                gone, encoded = without(middle)
+            except DataError:
+                high = middle - 1
+                continue
+            if len(encoded.ids) <= limit:
+                best, high = (gone, encoded), middle - 1
+            else:
+                low = gone + 1
+        return best or without(len(turns) - 1)
 
     def completion(self, prompt: Prompt, encoded: EncodedPrompt, text: str, cut: bool = True) -> list[int]:
         """Ids of a completion, ended by the end-of-sequence token, so that prompt + completion is what generation sees.

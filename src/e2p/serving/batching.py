@@ -21,7 +21,7 @@ from torch import Tensor
 from e2p.model.backbone import FrozenBackbone
 from e2p.serving.calls import Answer, Call, Limits, RowSettings, choose
 from e2p.serving.detokenise import Vocabulary
-from e2p.serving.engine import EngineBusyError, EngineError, Event, Finished, Started
+from e2p.serving.engine import EngineBusyError, EngineError, Event, Finished, RequestError, Started
 from e2p.serving.rows import Reading, Rows, can_join, rows_of
 
 T = TypeVar("T")
@@ -213,7 +213,10 @@ class Worker:
             hidden = self._rows.read(readings)
         except Exception as error:
             if len(calls) == 1:
-                self._failed(calls, error)
+                if isinstance(error, RequestError):  # its own fault, which only the making of its soft tokens showed
+                    self.tell([(calls[0], error)])
+                else:
+                    self._failed(calls, error)
                 return
             hidden = None
         if hidden is None:  # one of them alone may be to blame

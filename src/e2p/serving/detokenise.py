@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+
+from e2p.serving.engine import part_of_character
+
+_UNKNOWN = "\ufffd"
+
+
+def _bytes_of(piece: str) -> bytes | None:
+    """Of an entry of a vocabulary that holds bytes: one as <0xF0>, or GPT-2's letters, one for each byte."""
+    if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(found[1])
+    letters = _letters()
+    return bytes(letters[letter] for letter in piece) if all(letter in letters for letter in piece) else None
+
+
+@cache
+def _letters() -> dict[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class Vocabulary:
@@ -32,9 +53,12 @@ class Vocabulary:
         return DecodeStream(ids=[] if first else self._before, skip_special_tokens=True)
 
     def text(self, token: int) -> str:
-        """One token as text, its leading space included."""
+        """One token as text, its leading space included; ``bytes:\\xf0\\x9f``, as OpenAI's API writes it, where it is
+        a part of a character."""
         if token not in self._texts:
-            self._texts[token] = self.decode([*self._before, token], skip_special=False)[self._start :]
+            text = self.decode([*self._before, token], skip_special=False)[self._start :]
+            raw = _bytes_of(self.tokenizer.convert_ids_to_tokens(token)) if _UNKNOWN in text else None
+            self._texts[token] = text if raw is None else part_of_character(raw)
         return self._texts[token]
 
 

@@ -6,6 +6,7 @@ An engine generates for one backbone and the adapters on it. The application fin
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -19,6 +20,7 @@ from e2p.errors import E2PError
 Vector = npt.NDArray[np.float32]
 Reason = Literal["stop", "length"]
 Mode = Literal["user", "null", "none"]
+_PART = "bytes:"
 
 
 class TokenIds(tuple[int, ...]):
@@ -93,6 +95,8 @@ class Request:
         sampling: how.
         raw: a text is continued as it stands, without the chat template, and the continuation keeps its white space;
             else that at both ends of an answer is left out.
+        revision: of the adapter that the vector was chosen for. Where it has been loaded anew since, the earlier
+            weights answer, as long as they are kept: until it is loaded anew again. Empty: what is served now.
     """
 
     adapter: str
@@ -100,15 +104,31 @@ class Request:
     personal: Personal = field(default_factory=Personal)
     sampling: Sampling = field(default_factory=Sampling)
     raw: bool = False
+    revision: str = ""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token as text, its log-probability in nats, and the likeliest ones at its place."""
+    """A token as text, its log-probability in nats, and the likeliest ones at its place.
+
+    Part of a character is written as OpenAI's API does, ``bytes:\\xf0\\x9f``.
+    """
 
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()
+
+
+def part_of_character(raw: bytes) -> str:
+    """A token whose bytes alone are no text."""
+    return _PART + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def token_bytes(token: str) -> bytes:
+    """The bytes of a token's text, parts of characters as :func:`part_of_character` has written them."""
+    if re.fullmatch(rf"{_PART}(\\x[0-9a-f]{{2}})+", token):
+        return bytes.fromhex(token.removeprefix(_PART).replace("\\x", ""))
+    return token.encode()
 
 
 @dataclass(frozen=True)
@@ -118,7 +138,7 @@ class Started:
     Args:
         prompt_tokens: its tokens, soft tokens not counted.
         prefix_tokens: soft tokens.
-        revision: of the adapter that answers: it may have been loaded anew since the request came. Empty: as
+        revision: of the adapter that answers: it may have been loaded anew twice since the request was made. Empty: as
             ``adapters()`` said when it was asked for.
     """
 
@@ -220,7 +240,7 @@ class Engine(Protocol):
         ...
 
     async def reload(self, name: str) -> AdapterInfo:
-        """Load an adapter's folder anew; requests that run keep the old one. Raises E2PError and keeps the old one."""
+        """Load an adapter's folder anew; requests made for the old one keep it. Raises E2PError, and keeps it."""
         ...
 
     async def health(self) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class FakeEngine(Engine):
         delay: float = 0.0,
     ) -> None:
         self._adapters = {info.name: info for info in adapters}
+        self._before: dict[str, AdapterInfo] = {}
         self._answer, self.delay = answer, delay
         self._queued: deque[str | Sequence[str] | Failure] = deque()
         self.requests: list[Request] = []
@@ -120,6 +121,7 @@ class FakeEngine(Engine):
         if name not in self._adapters:
             raise RequestError(f"expected one of {', '.join(self._adapters)}, got {name!r}")
         old = self._adapters[name]
+        self._before[name] = old
         self._adapters[name] = replace(old, revision=f"r{int(old.revision[1:]) + 1}")
         return self._adapters[name]
 
@@ -147,6 +149,9 @@ class FakeEngine(Engine):
         info = self._adapters.get(request.adapter)
         if info is None:
             raise RequestError(f"expected one of {', '.join(self._adapters)}, got {request.adapter!r}")
+        before = self._before.get(request.adapter)
+        if before is not None and before.revision == request.revision:
+            info = before
         if request.personal.mode == "null" and not info.has_null:
             raise RequestError(f"{request.adapter}: was trained without a null user")
         answer = self._queued.popleft() if self._queued else self._answer(request)
@@ -158,7 +163,7 @@ class FakeEngine(Engine):
         given = [texts] * request.sampling.n if isinstance(texts, str) else list(texts)  # type: ignore[arg-type]
         answers = [_tokens(text, request) for text in given]
         words = sum(len(text.split()) for text in _texts(request))
-        yield Started(words, info.prefix_tokens if request.personal.mode != "none" else 0)
+        yield Started(words, info.prefix_tokens if request.personal.mode != "none" else 0, info.revision)
         said = 0
         for step in range(max(len(tokens) for tokens, _ in answers)):
             for index, (tokens, _) in enumerate(answers):

@@ -18,7 +18,7 @@ from e2p.model.backbone import FrozenBackbone
 from e2p.serving.batching import Told, Worker
 from e2p.serving.calls import Call, Limits
 from e2p.serving.engine import AdapterInfo, EngineError, Event, Finished, Request, RequestError
-from e2p.serving.hf_requests import Served
+from e2p.serving.hf_requests import Served, Shelf
 
 _FAILURES = 3  # requests that fail, and none that succeeds, before the engine says that it is not ready
 _REST = 30.0  # seconds after the last of them: who is given nothing while he is not ready could never show that he is
@@ -49,7 +49,7 @@ class HFEngine:
         self.folders = dict(adapters)
         self.limits = limits or Limits()
         self._source, self._bare, self._precision = backbone, bare, precision
-        self._served: dict[str, Served] = {}
+        self._served = Shelf()
         self._worker: Worker | None = None
         self._loop: asyncio.AbstractEventLoop
         # Prompts are tokenised one after the other, beside the model and beside the event loop.
@@ -71,7 +71,8 @@ class HFEngine:
             backbone = self._source
             if isinstance(backbone, BackboneConfig):
                 backbone = FrozenBackbone.load(backbone, self._precision)
-            served = {self._bare: Served.bare(self._bare, backbone)}
+            served = Shelf()
+            served[self._bare] = Served.bare(self._bare, backbone)
             for name, folder in self.folders.items():
                 served[name] = Served.load(name, folder, backbone)
             self._served = served
@@ -101,10 +102,7 @@ class HFEngine:
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Answer; see :meth:`e2p.serving.engine.Engine.generate`."""
         worker = self._ready()
-        served = self._served.get(request.adapter)
-        if served is None:
-            names = ", ".join(self._served)
-            raise RequestError(f"adapter: expected one of {names}, got '{request.adapter}'; name one that is served")
+        served = self._served.pick(request)
         call = await self._aside(lambda: served.call(request, self.limits))
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         call.listener = events
@@ -133,7 +131,7 @@ class HFEngine:
             raise RequestError(f"adapter: expected one that can be loaded anew ({names}), got '{name}'")
         old = self._served[name]
         new = await asyncio.wrap_future(worker.do(lambda: Served.load(name, self.folders[name], old.backbone)))
-        self._served[name] = new
+        self._served.renew(name, new)
         return new.info
 
     async def health(self) -> dict[str, Any]:

@@ -161,13 +161,51 @@ class Served:
         return partial(_soft_tokens, self.model, vectors, strength)
 
 
+class Shelf(dict[str, Served]):
+    """What is served, by name; of what was loaded anew, the earlier one too, for requests that were made for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: dict[str, Served] = {}
+
+    def renew(self, name: str, served: Served) -> None:
+        """Serve another from now on."""
+        if served.info.revision != self[name].info.revision:
+            self._before[name] = self[name]
+        self[name] = served
+
+    def pick(self, request: Request) -> Served:
+        """What is to answer. Raises RequestError where there is no such name."""
+        found = self.get(request.adapter)
+        if found is None:
+            raise RequestError(
+                f"adapter: expected one of {', '.join(self)}, got '{request.adapter}'; name one that is served"
+            )
+        before = self._before.get(request.adapter)
+        if before is not None and request.revision == before.info.revision != found.info.revision:
+            return before
+        return found
+
+
 @torch.no_grad()
 def _soft_tokens(model: E2PModel, vectors: Tensor | None, strength: float) -> Tensor:
-    """Soft tokens [K, H], float32: p0 + strength (p - p0), of the null user's p0 and the user's p."""
-    if strength == 1 or vectors is None:
-        return model.prefix(vectors, 1)[0]
-    null = model.prefix(None, 1)[0]
-    return null + strength * (model.prefix(vectors, 1)[0] - null)
+    """Soft tokens [K, H], float32: p0 + strength (p - p0), of the null user's p0 and the user's p.
+
+    Raises:
+        RequestError: they are no numbers, since the vector's are too large for phi.
+    """
+    if vectors is None or strength == 0:
+        return model.prefix(None, 1)[0]
+    soft = model.prefix(vectors, 1)[0]
+    if strength != 1:
+        null = model.prefix(None, 1)[0]
+        soft = null + strength * (soft - null)
+    if not bool(torch.isfinite(soft).all()):
+        raise RequestError(
+            "vector: expected numbers of the size that the adapter was trained with, got some so large that its soft "
+            "tokens overflow; put another vector, or a strength nearer to 1"
+        )
+    return soft
 
 
 def _nothing() -> None:

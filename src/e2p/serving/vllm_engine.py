@@ -23,6 +23,7 @@ from torch import Tensor
 
 from e2p.config import BackboneConfig
 from e2p.config_serving import VLLMConfig
+from e2p.data.templates import Prompt
 from e2p.errors import ConfigError
 from e2p.model.token_table import TokenTable
 from e2p.serving.calls import Answer, Call, Limits
@@ -40,7 +41,7 @@ from e2p.serving.engine import (
     TokenIds,
     prompt_size,
 )
-from e2p.serving.hf_requests import Served
+from e2p.serving.hf_requests import Served, Shelf
 from e2p.serving.vllm_chat import as_trained, begins_turns_alike, chat_bodies
 from e2p.serving.vllm_pool import Pool, Unreachable, Upstream
 from e2p.serving.vllm_wire import GREEDY, Chunk, chunk_of, embeds_body, how, ids_body
@@ -49,7 +50,8 @@ T = TypeVar("T")
 
 _CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
 _EVERYTHING = 2**40  # tokens: what a server keeps is its own affair
-_SHORT, _SMALL = 4096, 2**18  # characters of a prompt, numbers of its embeddings: a millisecond's work or two
+# Characters and turns of a prompt, numbers of its embeddings: a millisecond's work or two.
+_SHORT, _TURNS, _SMALL = 4096, 16, 2**18
 # Where soft tokens stand here, others may share what precedes them.
 _LATE = ("before_completion", "after_system")
 
@@ -103,7 +105,7 @@ class VLLMEngine:
             raise ConfigError(f"adapters: expected names other than '{bare}', the bare backbone's; rename one of them")
         self.folders, self.upstreams, self.config = dict(adapters), list(upstreams), config or VLLMConfig()
         self._source, self._bare, self._key = backbone, bare, key
-        self._served: dict[str, Served] = {}
+        self._served = Shelf()
         self._limits = Limits(self.config.n, _EVERYTHING)
         self._counts: Counter[str] = Counter()
         self._open = False
@@ -124,15 +126,15 @@ class VLLMEngine:
         if self._served:
             raise EngineError("expected an engine that was never started, got one that was; make another")
 
-        def load() -> dict[str, Served]:
+        def load() -> Shelf:
             source = self._source
             self._table = TokenTable.load(source) if isinstance(source, BackboneConfig) else source
             self._vocabulary = Vocabulary(self._table.tokenizer)
             self._alike = begins_turns_alike(self._table.tokenizer)
-            return {
-                self._bare: Served.bare(self._bare, self._table),
-                **{name: Served.load(name, folder, self._table) for name, folder in self.folders.items()},
-            }
+            served = Shelf()
+            served[self._bare] = Served.bare(self._bare, self._table)
+            served.update({name: Served.load(name, folder, self._table) for name, folder in self.folders.items()})
+            return served
 
         served = await self._aside(load)
         self._pool = Pool(self.upstreams, self.config, self._table, self._key)
@@ -157,11 +159,8 @@ class VLLMEngine:
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Answer; see :meth:`e2p.serving.engine.Engine.generate`."""
         self._require_open()
-        served = self._served.get(request.adapter)
-        if served is None:
-            names = ", ".join(self._served)
-            raise RequestError(f"adapter: expected one of {names}, got '{request.adapter}'; name one that is served")
-        job = await self._aside(partial(self._job, request, served), prompt_size(request.prompt) <= _SHORT)
+        served = self._served.pick(request)
+        job = await self._aside(partial(self._job, request, served), _is_little(request.prompt))
         with self._counted():
             tried: list[Upstream] = []
             given = 0
@@ -193,8 +192,9 @@ class VLLMEngine:
         if name not in self.folders:
             names = ", ".join(self.folders) or "none"
             raise RequestError(f"adapter: expected one that can be loaded anew ({names}), got '{name}'")
-        self._served[name] = await self._aside(partial(Served.load, name, self.folders[name], self._table))
-        return self._served[name].info
+        new = await self._aside(partial(Served.load, name, self.folders[name], self._table))
+        self._served.renew(name, new)
+        return new.info
 
     async def health(self) -> dict[str, Any]:
         """``ready``: at least one server is; figures; and ``servers``, one by one."""
@@ -394,3 +394,8 @@ def _grown(
             raise EngineError(f"expected an answer's end from the vLLM server, got '{reason}'; try again")
         known: Reason = "stop" if reason == "stop" else "length"
         yield from answer.end(known)
+
+
+def _is_little(prompt: Prompt | TokenIds) -> bool:
+    turns = 1 if isinstance(prompt, str | TokenIds) else len(prompt)
+    return turns <= _TURNS and prompt_size(prompt) <= _SHORT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from starlette.responses import StreamingResponse
 
-from e2p.serving.engine import Engine, EngineBusyError, EngineError, Event, Request, RequestError, Started
+from e2p.serving.engine import AdapterInfo, Engine, EngineBusyError, EngineError, Event, Request, RequestError, Started
 from e2p.serving.http.errors import ApiError
 from e2p.serving.http.limits import Queue, timed_out, while_listening
 from e2p.serving.http.people import Person
@@ -18,18 +19,21 @@ from e2p.serving.http.telemetry import Record
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _AHEAD = 256  # events that an engine may be ahead of a client that reads slowly
+_FRESH, _AGAIN = 0.25, 3  # seconds for which a lookup counts until a prompt has been read; how often it is begun again
 
 
 class Answer:
     """Events of one request, made by one task from start to end, and by one more for each further prompt.
 
-    The vector is looked up when the place in the queue is had and not before: waiting does not age it. Answers to
-    further prompts are counted on: where each prompt gets two, those to the second one are 2 and 3.
+    The vector is looked up when the place in the queue is had and not before, for each prompt anew; and where the
+    engine has let the prompt wait on, once more before anything is said: waiting does not age it. Answers to further
+    prompts are counted on: where each prompt gets two, those to the second one are 2 and 3.
 
     Args:
         engine: who answers.
         places: the queue.
-        prepare: finds whose answer it is and makes the engine's requests, one for each prompt.
+        prepare: finds whose answer it is and makes the engine's requests, one for each prompt; by an adapter as it was,
+            or as it is now.
         seconds: for everything, from now on.
     """
 
@@ -37,7 +41,7 @@ class Answer:
         self,
         engine: Engine,
         places: Queue,
-        prepare: Callable[[], Awaitable[tuple[Person, Sequence[Request]]]],
+        prepare: Callable[[AdapterInfo | None], Awaitable[tuple[Person, Sequence[Request]]]],
         seconds: float,
     ) -> None:
         self._engine, self._places, self._prepare, self._seconds = engine, places, prepare, seconds
@@ -90,14 +94,14 @@ class Answer:
         try:
             async with asyncio.timeout(self._seconds), AsyncExitStack() as held:
                 await held.enter_async_context(self._places.place())
-                self._person, (request, *others) = await self._prepare()
-                if not others:
-                    await self._generate(request)
+                self._person, requests = await self._prepare(None)
+                if len(requests) == 1:
+                    await self._generate(self._person, requests, 0)
                 else:
                     async with asyncio.TaskGroup() as tasks:
-                        for number, other in enumerate(others, 1):
-                            tasks.create_task(self._also(other, number))
-                        await self._generate(request)
+                        for number in range(1, len(requests)):
+                            tasks.create_task(self._also(self._person.adapter, number))
+                        await self._generate(self._person, requests, 0)
                         await held.aclose()  # for one of the others, it may be
         except TimeoutError:
             ending = timed_out(self._seconds)
@@ -107,16 +111,46 @@ class Answer:
             ending = as_api_error(error)
         await self._events.put(ending)
 
-    async def _also(self, request: Request, number: int) -> None:
+    async def _also(self, adapter: AdapterInfo, number: int) -> None:
         async with self._places.place(more=True):
-            await self._generate(request, number * request.sampling.n)
+            await self._generate(*await self._prepare(adapter), number)
 
-    async def _generate(self, request: Request, first: int = 0) -> None:
-        async with aclosing(self._engine.generate(request)) as events:
-            async for event in events:
-                if first and not isinstance(event, Started):
-                    event = replace(event, index=first + event.index)
-                await self._events.put(event)
+    async def _generate(self, person: Person, requests: Sequence[Request], number: int) -> None:
+        """Answer one of the prompts; from the beginning where its vector is another by now."""
+        for again in range(_AGAIN, -1, -1):
+            looked, request = time.monotonic(), requests[number]
+            async with aclosing(self._engine.generate(request)) as events:
+                started = await anext(events)
+                assert isinstance(started, Started)
+                # Its adapter was loaded anew twice meanwhile: another was asked for, or all prompts get the same.
+                other = started.revision not in ("", person.adapter.revision)
+                if other and (number or not again):
+                    raise EngineError("the adapter was loaded anew too often while this waited; try again")
+                if other or (again and time.monotonic() - looked > _FRESH):
+                    found = await self._another(person, None if other else person.adapter)
+                    if found is not None or other:
+                        person, requests = found or await self._prepare(None)
+                        if not number:
+                            self._person = person
+                        continue
+                await self._events.put(started)
+                first = number * request.sampling.n
+                async for event in events:
+                    if first and not isinstance(event, Started):
+                        event = replace(event, index=first + event.index)
+                    await self._events.put(event)
+                return
+
+    async def _another(self, person: Person, adapter: AdapterInfo | None) -> tuple[Person, Sequence[Request]] | None:
+        """What is to be asked where it is not the same as before. A store that is away now was there before."""
+        try:
+            found, requests = await self._prepare(adapter)
+        except ApiError as error:
+            if error.code != "store_unavailable":
+                raise
+            return None
+        gone = found.reason.startswith("store_unavailable") and not person.reason.startswith("store_unavailable")
+        return None if gone or found.same(person) else (found, requests)
 
 
 def as_api_error(error: Exception) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from e2p.serving.http.people import iso
 from e2p.serving.http.responses import JSON, Edge, on_api_error, on_http_error, record_of
 from e2p.serving.http.schemas import MAX_ID, ChatRequest, CompletionRequest, PutEmbedding, parse
 from e2p.serving.http.service import Service
-from e2p.serving.http.uploads import NDJSON, PARQUET, upload_lines, upload_parquet
+from e2p.serving.http.uploads import NDJSON, PARQUET, Report, upload_lines, upload_parquet
 from e2p.serving.http.vectors import told
 from e2p.users.store import VectorStore
 
@@ -91,6 +92,7 @@ def allowed(scope: str | None) -> Callable[[Request], Awaitable[Key]]:
     async def check(request: Request) -> Key:
         given = request.headers.getlist("authorization")  # of several, one in front of this server may mean another
         key = authenticate(service_of(request).keys, given[0] if len(given) == 1 else None, scope)
+        record_of(request).facts["key"] = key.name
         if "user_id" in request.path_params:
             user = user_in_path(request)
             record_of(request).facts["user"] = user
@@ -225,15 +227,22 @@ async def upload(request: Request, key: Writes) -> Response:
     limits, vectors = service.config.limits, service.vectors
     kind = require_type(request, *NDJSON, *PARQUET)
     vectors.require_store()
+    report = Report("line" if kind in NDJSON else "row", vectors.now())
     async with service.uploads.place():
         parts = stream_body(request, limits.upload_bytes, limits.read_seconds)
-        if kind in NDJSON:
-            report = await upload_lines(parts, vectors, key, limits.body_bytes)
-        else:
-            report = await upload_parquet(parts, vectors, key)
-    for outcome in ("stored", "unchanged", "older", "deleted"):
-        service.telemetry.vectors.labels(outcome).inc(getattr(report.counts, outcome))
-    service.telemetry.vectors.labels("failed").inc(report.failed)
+        try:
+            if kind in NDJSON:
+                await upload_lines(parts, vectors, key, limits.body_bytes, report)
+            else:
+                await upload_parquet(parts, vectors, key, report)
+        except ApiError as error:  # what was put before stays
+            extra = {"e2p": report.told()}
+            raise ApiError(error.status, error.code, error.message, error.param, error.headers, extra) from None
+        except asyncio.CancelledError:
+            request.scope["e2p.report"] = report.told()
+            raise
+        finally:
+            service.telemetry.uploaded(report.counts, report.failed)
     if report.failed:
         said = f"{report.failed} of {report.read} rows are not in the store, the others are; see e2p.errors"
         raise ApiError(422, "rows_failed", said, extra={"e2p": report.told()})

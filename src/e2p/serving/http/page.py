@@ -22,7 +22,7 @@ from e2p.serving.known_people import KnownPeople, draw_map
 SCOPES = ("generate", "users:read")  # what a key needs that opens the page
 NOBODY = ("nobody", "")
 COLUMNS = tuple(zip("ABC", (PALETTE[0], PALETTE[2], PALETTE[3]), strict=True))
-_SUGGESTED, _LOOKED_AT = 200, 1000
+_SUGGESTED, _LOOKED_AT = 200, 100_000
 _PAUSE = 0.05  # seconds between two pictures of the answers
 _FIRST_PROMPT = "What shall I listen to?"
 _ARMS = {
@@ -82,7 +82,7 @@ class Page:
             if found:
                 return found
             first = (vector.user_id for vector in islice(store.iterate(), _LOOKED_AT))
-            return [user for user in first if user.startswith(visitor.user_prefix)][:_SUGGESTED]
+            return list(islice((user for user in first if user.startswith(visitor.user_prefix)), _SUGGESTED))
 
         return await self.service.vectors.call(look)
 
@@ -100,7 +100,9 @@ class Page:
         picked = (*known.far_apart(users), "", "", "")
         choices = [NOBODY, *((user, user) for user in users)]
         note = "" if users else "No user has a vector here yet: put some into the store (--store), or ask for nobody."
-        prompt = known.prompts[0] if known.prompts else _FIRST_PROMPT
+        # A key that is bound to some users does not see what others asked.
+        prompts = () if visitor.user_prefix else known.prompts
+        prompt = prompts[0] if prompts else _FIRST_PROMPT
         return (
             gr.update(value=_line(note), visible=bool(note)),
             gr.update(visible=False),
@@ -108,7 +110,7 @@ class Page:
             gr.update(choices=[each.name for each in self.adapters()], value=info.name),
             *(gr.update(choices=choices, value=user) for user in picked[: len(COLUMNS)]),
             gr.update(value=prompt),
-            gr.update(samples=[[each] for each in known.prompts], visible=len(known.prompts) > 1),
+            gr.update(samples=[[each] for each in prompts], visible=len(prompts) > 1),
             self.strength(info),
         )
 

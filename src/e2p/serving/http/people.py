@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 from urllib.parse import quote
@@ -68,6 +68,16 @@ class Person:
     vector: VectorInfo | None = None
     reason: str = ""
 
+    def same(self, other: Person) -> bool:
+        """Whether the same is asked of the engine, for the same reason, by the same state of the vector."""
+        mine, its = (
+            (one.arm, one.reason, one.adapter.revision, one.personal.mode, one.personal.strength,
+             one.vector and replace(one.vector, age_seconds=None))
+            for one in (self, other)
+        )  # fmt: skip
+        vectors = (self.personal.vector, other.personal.vector)
+        return mine == its and (vectors[0] is vectors[1] or np.array_equal(*vectors))  # type: ignore[arg-type]
+
     def told(self) -> dict[str, Any]:
         """The field ``e2p`` of a response."""
         return {
@@ -99,12 +109,14 @@ class People:
         store: where vectors are, or None.
         policies: who answers where a vector cannot.
         seen: told of every lookup: its outcome and the vector's age in seconds.
+        trouble: told why the store could not be read.
         now: the time.
     """
 
     store: VectorStore | None
     policies: PoliciesConfig
     seen: Callable[[str, float | None], None] = lambda outcome, age: None
+    trouble: Callable[[StoreError], None] = lambda error: None
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
     _limiter: anyio.CapacityLimiter | None = field(default=None, init=False)
 
@@ -139,8 +151,9 @@ class People:
         rules = self.policies
         try:
             found = await self.find(user)
-        except StoreError:
+        except StoreError as error:
             self.seen("error", None)
+            self.trouble(error)
             return self._policy("store_unavailable", rules.store_unavailable, adapter)
         except DataError as error:
             raise ApiError(400, "invalid_value", f"user: {error}", "user") from None

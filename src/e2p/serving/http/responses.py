@@ -89,6 +89,8 @@ class Edge:
             origin = _header(scope["headers"], b"origin")
             if origin and not self.service.trusts(origin.partition("://")[2]):
                 raise ApiError(403, "origin_not_allowed", "without keys, this server answers to no page from elsewhere")
+            if scope["path"].endswith("\n"):  # a route's end matches before it as well
+                raise ApiError(404, "not_found", "no such path; see /openapi.json")
             await self.app(scope, receive, answer)
         except ApiError as error:
             record.facts.setdefault("error", error.code)
@@ -97,6 +99,9 @@ class Edge:
         except asyncio.CancelledError:  # the server's, which stops and has waited long enough: no error of ours
             stopping = ApiError(503, "stopping", "this server stops; try again", headers={"Retry-After": "1"})
             record.facts["error"] = stopping.code
+            if (report := scope.get("e2p.report")) is not None:  # of an upload: what is in the store already
+                stopping = ApiError(stopping.status, stopping.code, stopping.message, headers=stopping.headers,
+                                    extra={"e2p": report})  # fmt: skip
             if not started:
                 await JSON(stopping.body(), 503, headers=dict(stopping.headers))(scope, receive, answer)
         except Exception as error:

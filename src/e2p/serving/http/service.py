@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -54,8 +55,9 @@ class Service:
         self.uploads = Queue(limits.uploads, 0)
         gauges = {"running": lambda: float(self.queue.held), "waiting": lambda: float(self.queue.waits)}
         self.telemetry = Telemetry(self.config.log_users, gauges)
-        self.people = People(self.store, self.config.policies, self.telemetry.lookup)
-        self.vectors = Vectors(self.store, self._dimensions, limits.ahead_seconds)
+        trouble = self.telemetry.trouble
+        self.people = People(self.store, self.config.policies, self.telemetry.lookup, trouble)
+        self.vectors = Vectors(self.store, self._dimensions, limits.ahead_seconds, trouble=trouble)
 
     def adapter(self, name: str) -> AdapterInfo:
         """The adapter of a name. Raises ApiError 404."""
@@ -79,7 +81,6 @@ class Service:
     async def answer(self, http: Request, record: Record, key: Key, asked: ChatRequest | CompletionRequest) -> Response:
         """Answer a request, whole or as a stream. Raises ApiError."""
         limits, chat = self.config.limits, isinstance(asked, ChatRequest)
-        record.facts["key"] = key.name
         if asked.user is not None:
             record.facts["user"] = asked.user
             key.require_user(asked.user)
@@ -91,9 +92,11 @@ class Service:
             raise too_much("messages" if chat else "prompt", limits.prompt_chars, size)
         self.adapter(asked.model)
 
-        async def prepare() -> tuple[Person, list[Asked]]:
-            person = await self.people.person(asked.user, asked.e2p, self.adapter(asked.model))
-            return person, [Asked(asked.model, each, person.personal, sampling, raw=not chat) for each in prompts]
+        async def prepare(adapter: AdapterInfo | None) -> tuple[Person, list[Asked]]:
+            info = adapter or self.adapter(asked.model)
+            person = await self.people.person(asked.user, asked.e2p, info)
+            make = partial(Asked, personal=person.personal, sampling=sampling, raw=not chat, revision=info.revision)
+            return person, [make(asked.model, each) for each in prompts]
 
         work = Answer(self.engine, self.queue, prepare, limits.seconds)
         try:

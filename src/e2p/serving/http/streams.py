@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from e2p.serving.engine import Delta, Event, Finished, Started, TokenLogprob
+from e2p.serving.engine import Delta, Event, Finished, Started, TokenLogprob, token_bytes
 from e2p.serving.http.errors import ApiError
 from e2p.serving.http.people import Person
 
@@ -139,7 +139,7 @@ def _frames(reply: Reply, events: Iterable[Event], offsets: list[int]) -> Iterat
             if reply.logprobs:
                 at, tokens = offsets[event.index], event.logprobs
                 logprobs = _chat_logprobs(tokens) if reply.chat else _text_logprobs(tokens, at)
-                offsets[event.index] += sum(len(token.token) for token in tokens)
+                offsets[event.index] += sum(_characters(token.token) for token in tokens)
             yield _frame(_chunk(reply, event.index, event.text, logprobs=logprobs))
         elif isinstance(event, Finished):
             yield _frame(_chunk(reply, event.index, "", reason=event.reason))
@@ -172,9 +172,22 @@ def _chat_logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
 
 def _chat_rows(tokens: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
     def one(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": max(logprob, _LEAST), "bytes": list(token.encode())}
+        return {"token": token, "logprob": max(logprob, _LEAST), "bytes": list(token_bytes(token))}
 
     return [{**one(t.token, t.logprob), "top_logprobs": [one(*pair) for pair in t.top]} for t in tokens]
+
+
+def _ranked(top: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The likeliest first; of tokens that read alike, the likeliest alone."""
+    found: dict[str, float] = {}
+    for name, value in top:
+        found.setdefault(name, max(value, _LEAST))
+    return found
+
+
+def _characters(token: str) -> int:
+    """That begin in a token: the other bytes of UTF-8 look like 10xxxxxx."""
+    return sum(byte & 0xC0 != 0x80 for byte in token_bytes(token))
 
 
 def _text_logprobs(tokens: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
@@ -182,10 +195,10 @@ def _text_logprobs(tokens: Iterable[TokenLogprob], offset: int) -> dict[str, Any
     offsets = []
     for token in rows:
         offsets.append(offset)
-        offset += len(token.token)
+        offset += _characters(token.token)
     return {
         "tokens": [t.token for t in rows],
         "token_logprobs": [max(t.logprob, _LEAST) for t in rows],
-        "top_logprobs": [{name: max(value, _LEAST) for name, value in t.top} for t in rows],
+        "top_logprobs": [_ranked(t.top) for t in rows],
         "text_offset": offsets,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -14,7 +15,12 @@ from typing import Any
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from e2p.errors import StoreError
+from e2p.users.store import PutCounts
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_QUIET = 10.0
+_RECORD = re.compile(r"the record of .*(?= is damaged)", re.DOTALL)  # names a user
 _AGES = (1, 10, 60, 600, 3600, 6 * 3600, 86400, 7 * 86400, 30 * 86400, 365 * 86400)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -53,6 +59,7 @@ class Telemetry:
 
     def __init__(self, log_users: bool, gauges: dict[str, Callable[[], float]]) -> None:
         self.log_users = log_users
+        self._troubles: dict[str, float] = {}
         self.log = logging.getLogger("e2p.serving")
         self.registry = CollectorRegistry()
         many: dict[str, Any] = {"registry": self.registry}
@@ -78,6 +85,12 @@ class Telemetry:
         if age is not None:
             self.age.observe(max(0.0, age))
 
+    def uploaded(self, counts: PutCounts, failed: int) -> None:
+        """Many vectors were put, some of them not."""
+        for outcome in ("stored", "unchanged", "older", "deleted"):
+            self.vectors.labels(outcome).inc(getattr(counts, outcome))
+        self.vectors.labels("failed").inc(failed)
+
     def done(self, record: Record) -> None:
         """A request is at its end."""
         self.requests.labels(record.route, record.method, str(record.status)).inc()
@@ -101,6 +114,14 @@ class Telemetry:
         where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
         line = {"time": datetime.now(UTC), "request_id": record.request_id, "error": type(error).__name__, "at": where}
         self.log.error(orjson.dumps(line).decode())
+
+    def trouble(self, error: StoreError) -> None:
+        """The store cannot be used: why, as no response says it; the same reason once in ten seconds."""
+        reason, now = _RECORD.sub("a record", str(error)), time.monotonic()
+        if now - self._troubles.get(reason, -_QUIET) < _QUIET:
+            return
+        self._troubles = {why: at for why, at in self._troubles.items() if now - at < _QUIET} | {reason: now}
+        self.log.error(orjson.dumps({"time": datetime.now(UTC), "error": "store", "reason": reason}).decode())
 
     def expose(self, health: dict[str, Any]) -> bytes:
         """All metrics in Prometheus's text form, with the numbers out of the engine's health."""

@@ -69,13 +69,13 @@ class Report:
         return {"object": "users.embeddings", "read": self.read, **counts, "failed": self.failed, "errors": self.errors}
 
 
-async def upload_lines(parts: AsyncIterator[bytes], vectors: Vectors, key: Key, row_bytes: int) -> Report:
+async def upload_lines(parts: AsyncIterator[bytes], vectors: Vectors, key: Key, row_bytes: int, report: Report) -> None:
     """Put the lines of an NDJSON body as they arrive: each batch of at most 256 as a whole, bad lines left out.
 
     Raises:
-        ApiError: the body breaks off or the store is away; what was put before stays, and the error says how much.
+        ApiError: the body breaks off or the store is away; what was put before stays, and the report says how much.
     """
-    report, batch, size = Report("line", vectors.now()), list[tuple[int, bytes]](), 0
+    batch, size = list[tuple[int, bytes]](), 0
 
     async def put() -> None:
         nonlocal batch, size
@@ -83,23 +83,17 @@ async def upload_lines(parts: AsyncIterator[bytes], vectors: Vectors, key: Key, 
         await vectors.call(lambda: _put_lines(lines, vectors, key, report))
         report.require_hope()
 
-    try:
-        async for number, line in _lines(parts, row_bytes):
-            if line is None:
-                report.read += 1
-                report.fail(number, "row_too_large", f"expected a line of at most {row_bytes:,} bytes, got more")
-                continue
-            batch.append((number, line))
-            size += len(line)
-            if len(batch) == _ROWS or size >= _BYTES:
-                await put()
-        if batch:
+    async for number, line in _lines(parts, row_bytes):
+        if line is None:
+            report.read += 1
+            report.fail(number, "row_too_large", f"expected a line of at most {row_bytes:,} bytes, got more")
+            continue
+        batch.append((number, line))
+        size += len(line)
+        if len(batch) == _ROWS or size >= _BYTES:
             await put()
-    except ApiError as error:
-        raise ApiError(
-            error.status, error.code, error.message, error.param, error.headers, {"e2p": report.told()}
-        ) from None
-    return report
+    if batch:
+        await put()
 
 
 async def _lines(parts: AsyncIterator[bytes], limit: int) -> AsyncIterator[tuple[int, bytes | None]]:
@@ -148,24 +142,17 @@ def _put(good: Sequence[tuple[int, StoredVector]], vectors: Vectors, report: Rep
             report.fail(number, "wrong_dimension", vectors.plain(error))
 
 
-async def upload_parquet(parts: AsyncIterator[bytes], vectors: Vectors, key: Key) -> Report:
+async def upload_parquet(parts: AsyncIterator[bytes], vectors: Vectors, key: Key, report: Report) -> None:
     """Put the rows of a Parquet body, which is kept in a temporary file meanwhile.
 
     Raises:
-        ApiError: it is no such table, or the store is away; what was put before stays, and the error says how much.
+        ApiError: it is no such table, or the store is away; what was put before stays, and the report says how much.
     """
-    report = Report("row", vectors.now())
     with tempfile.TemporaryFile() as file:
         async for part in parts:
             file.write(part)
         file.seek(0)
-        try:
-            await vectors.call(lambda: _put_parquet(file, vectors, key, report))
-        except ApiError as error:
-            raise ApiError(
-                error.status, error.code, error.message, error.param, error.headers, {"e2p": report.told()}
-            ) from None
-    return report
+        await vectors.call(lambda: _put_parquet(file, vectors, key, report))
 
 
 def _put_parquet(file: IO[bytes], vectors: Vectors, key: Key, report: Report) -> None:

@@ -29,12 +29,14 @@ class Vectors:
         dimensions: what the adapters take, now.
         ahead_seconds: how far ahead of this clock a timestamp may be.
         now: the time.
+        trouble: told why the store could not be used.
     """
 
     store: VectorStore | None
     dimensions: Callable[[], Collection[int]]
     ahead_seconds: float
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    trouble: Callable[[StoreError], None] = lambda error: None
     _limiter: anyio.CapacityLimiter | None = field(default=None, init=False)
 
     def require_store(self) -> VectorStore:
@@ -101,7 +103,8 @@ class Vectors:
             self._limiter = anyio.CapacityLimiter(_WRITERS)
         try:
             return await anyio.to_thread.run_sync(work, limiter=self._limiter)
-        except StoreError:
+        except StoreError as error:
+            self.trouble(error)
             raise store_away() from None
         except DataError as error:
             raise ApiError(400, "invalid_value", self.plain(error)) from None
