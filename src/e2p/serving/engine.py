@@ -205,11 +205,11 @@ class AdapterInfo:
     position: str
 
 
-def prompt_size(prompt: Prompt | TokenIds) -> int:
-    """Characters of a prompt, all messages together, or its tokens where it is token ids."""
+def prompt_size(prompt: Prompt | TokenIds, around: int = 0) -> int:
+    """Characters of a prompt, all messages together with so many ``around`` each, or its tokens where it is token ids."""
     if isinstance(prompt, str | TokenIds):
         return len(prompt)
-    return sum(len(message["content"]) for message in prompt)
+    return sum(len(message["content"]) + around for message in prompt)
 
 
 class Engine(Protocol):

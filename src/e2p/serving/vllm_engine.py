@@ -23,7 +23,6 @@ from torch import Tensor
 
 from e2p.config import BackboneConfig
 from e2p.config_serving import VLLMConfig
-from e2p.data.templates import Prompt
 from e2p.errors import ConfigError
 from e2p.model.token_table import TokenTable
 from e2p.serving.calls import Answer, Call, Limits
@@ -50,8 +49,8 @@ T = TypeVar("T")
 
 _CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
 _EVERYTHING = 2**40  # tokens: what a server keeps is its own affair
-# Characters and turns of a prompt, numbers of its embeddings: a millisecond's work or two.
-_SHORT, _TURNS, _SMALL = 4096, 16, 2**18
+# Characters of a prompt, what stands around its turns included; numbers of its embeddings: a millisecond's work or two.
+_SHORT, _SMALL = 4096, 2**18
 # Where soft tokens stand here, others may share what precedes them.
 _LATE = ("before_completion", "after_system")
 
@@ -160,7 +159,7 @@ class VLLMEngine:
         """Answer; see :meth:`e2p.serving.engine.Engine.generate`."""
         self._require_open()
         served = self._served.pick(request)
-        job = await self._aside(partial(self._job, request, served), _is_little(request.prompt))
+        job = await self._aside(partial(self._job, request, served), prompt_size(request.prompt, around=100) <= _SHORT)
         with self._counted():
             tried: list[Upstream] = []
             given = 0
@@ -394,8 +393,3 @@ def _grown(
             raise EngineError(f"expected an answer's end from the vLLM server, got '{reason}'; try again")
         known: Reason = "stop" if reason == "stop" else "length"
         yield from answer.end(known)
-
-
-def _is_little(prompt: Prompt | TokenIds) -> bool:
-    turns = 1 if isinstance(prompt, str | TokenIds) else len(prompt)
-    return turns <= _TURNS and prompt_size(prompt) <= _SHORT
