@@ -206,7 +206,7 @@ class AdapterInfo:
 
 
 def prompt_size(prompt: Prompt | TokenIds, around: int = 0) -> int:
-    """Characters of a prompt, all messages together with so many ``around`` each, or its tokens where it is token ids."""
+    """Characters of a prompt, all messages together and so many ``around`` each, or tokens where it is token ids."""
     if isinstance(prompt, str | TokenIds):
         return len(prompt)
     return sum(len(message["content"]) + around for message in prompt)
