@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,17 @@ def test_the_report_has_the_table_and_the_codes(config: RunConfig, results: dict
         for words in ("Next items", "HitRate@8", "coverage", "12 items have codes", "Codes of 2 levels, 2 × 6"):
             assert words in text, (name, words)
     assert "tab:next-items" in (Path(config.output) / "tables.tex").read_text()
+
+
+def test_examples_are_shown_with_the_items_names(config: RunConfig, results: dict[str, Any]) -> None:
+    (sample,) = results["samples"]
+    films = [0] * len(re.findall('"film 0"', sample["prompt"])) + [1]
+    assert sample["prompt"] == "next after: " + " ".join(f'"film {film}"' for film in films)
+    for answer in sample["answers"]:
+        shown = [int(number) for number in re.fullmatch(" ; ".join(['"film (\\d+)"'] * 3), answer["text"]).groups()]
+        assert len(set(shown)) == 3
+    user = int(sample["answers"][1]["user_id"].removeprefix("u"))
+    assert shown[0] // GROUP == user % 2, "of the taste that his vector tells"
 
 
 def test_judging_again_draws_the_same(config: RunConfig, results: dict[str, Any]) -> None:

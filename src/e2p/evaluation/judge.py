@@ -132,7 +132,7 @@ def score(
     seed = config.evaluation.seed
     drawn: dict[str, Any] = {}
     for part, title, draw in (
-        ("samples", "sample answers", lambda: samples(config, e2p, inputs)),
+        ("samples", "sample answers", lambda: samples(config, e2p, inputs, judges.next_item)),
         ("space", "map of the users", lambda: _space(config, e2p, inputs, folder)),
         ("prefix", "description of the prefix", lambda: describe_prefix(e2p, inputs, seed)),
     ):

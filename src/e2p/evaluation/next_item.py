@@ -9,7 +9,7 @@ Thirty draws hit or miss by luck, too; what they would hit on average follows fr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class NextItems:
     Args:
         settings: how they are generated and judged.
         vocabulary: codes and their tokens.
+        names: what the items are called.
         vectors: float32 [N, D], in the users' space; zeros where nothing is known.
         popularity: int64 [N]: interactions that the training has seen.
         earlier: of each user, the times of what he had (int64 microseconds, growing) and the items.
@@ -58,6 +59,7 @@ class NextItems:
 
     settings: NextItemConfig
     vocabulary: CodeVocabulary
+    names: Sequence[str]
     vectors: Floats
     popularity: Ints
     earlier: Mapping[str, tuple[Ints, Ints]]
@@ -119,8 +121,9 @@ def load_next_items(
         "unseen_targets": int((counts[rows][targets[targets >= 0]] == 0).sum()),
         "codes": ids.report(),
     }
-    vectors = catalogue.vectors[rows]
-    shelf = NextItems(settings, vocabulary, vectors, counts[rows], _earlier(history, ids.rows), targets, about)
+    vectors, names = catalogue.vectors[rows], [catalogue.names[row] for row in rows]
+    earlier = _earlier(history, ids.rows)
+    shelf = NextItems(settings, vocabulary, names, vectors, counts[rows], earlier, targets, about)
     true = targets[inputs.rows("test")]
     about["seen_targets"] = sum(one in had for one, had in zip(true.tolist(), shelf.had(tested), strict=True))
     return shelf

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from e2p.config import RunConfig
 from e2p.data.tables import example_batches
 from e2p.data.templates import Prompt
+from e2p.evaluation.next_item import NextItems
+from e2p.items.decoding import best_items
+from e2p.items.texts import naming
 from e2p.model.e2p import E2PModel
+from e2p.model.prefill import prefill
 from e2p.training.inputs import RunInputs
 
+_SHOWN = 3  # of the likeliest items
 
-def samples(config: RunConfig, model: E2PModel, inputs: RunInputs) -> list[dict[str, Any]]:
-    """The first test example's prompt, answered by the bare backbone and for a few test users."""
+
+def samples(
+    config: RunConfig, model: E2PModel, inputs: RunInputs, shelf: NextItems | None = None
+) -> list[dict[str, Any]]:
+    """The first test example's prompt, answered by the bare backbone and for a few test users; of next items, by the
+    names of the likeliest ones."""
     rows = inputs.rows("test")
     random = np.random.default_rng([config.evaluation.seed, 4])
     users = inputs.keys["user_id"].to_numpy()
@@ -29,15 +40,31 @@ def samples(config: RunConfig, model: E2PModel, inputs: RunInputs) -> list[dict[
     prompt = first["messages"] or first["prompt"]
     which = inputs.vector_rows[chosen]
     vectors = [inputs.embeddings.vectors[row] if row >= 0 else None for row in which]
-    length = _room(config, model, prompt)
-    plain = model.generate([prompt], use_prefix=False, max_new_tokens=length, do_sample=False)[0]
-    personal = model.generate([prompt] * count, vectors, max_new_tokens=length, do_sample=False)
+    if shelf is None:
+        how: dict[str, Any] = {"max_new_tokens": _room(config, model, prompt), "do_sample": False}
+        (plain,) = model.generate([prompt], use_prefix=False, **how)
+        personal = model.generate([prompt] * count, vectors, **how)
+    else:
+        plain, *personal = _likeliest(model, shelf, prompt, vectors)
     answers = [{"user_id": "", "profile": None, "arm": "none", "text": plain}] + [
         {"user_id": str(users[row]), "profile": wanted[int(row)]["profile"], "arm": "e2p", "text": text}
         for row, text in zip(chosen, personal, strict=True)
     ]
-    shown = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-    return [{"prompt": shown, "answers": answers}]
+    asked = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    if shelf is not None:
+        asked = naming(shelf.vocabulary.ids, shelf.names)(asked)
+    return [{"prompt": asked, "answers": answers}]
+
+
+@torch.no_grad()
+def _likeliest(model: E2PModel, shelf: NextItems, prompt: Prompt, vectors: Sequence[Any]) -> list[str]:
+    """The likeliest items by name: of the bare backbone, then for each vector."""
+    encoded = model.encoder.prompt(prompt)
+    found = []
+    for count, prefix in ((1, None), (len(vectors), model.prefix(vectors, len(vectors)))):
+        read = prefill(model.backbone, [encoded] * count, [model.splice_at(encoded)] * count, prefix)
+        found += best_items(read, shelf.vocabulary, _SHOWN).rows.tolist()
+    return [" ; ".join(f'"{shelf.names[row]}"' for row in rows if row >= 0) for rows in found]
 
 
 def _room(config: RunConfig, model: E2PModel, prompt: Prompt) -> int:
