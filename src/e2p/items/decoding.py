@@ -7,7 +7,7 @@ through the model once, prompts are read once, and only the logits of a level's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,7 @@ def sample_items(
     _require_whole(n=n, tokens_per_pass=tokens_per_pass)
     _require_temperature(temperature)
     prefilled.require_room(vocabulary.levels)
-    tokens, trie = _on_device(prefilled, vocabulary)
+    tokens, trie = vocabulary.on(prefilled.hidden.device)
     found = [
         _sampled(part, tokens, trie, n, temperature, generator, tokens_per_pass)
         for part in _parts(prefilled, n * len(tokens), tokens_per_pass)
@@ -84,7 +84,7 @@ def sample_items(
 
 def _sampled(
     prefilled: Prefilled,
-    tokens: list[Tensor],
+    tokens: Sequence[Tensor],
     trie: Trie,
     n: int,
     temperature: float,
@@ -135,7 +135,7 @@ def score_items(
     _require_whole(tokens_per_pass=tokens_per_pass)
     _require_temperature(temperature)
     prefilled.require_room(vocabulary.levels)
-    tokens, trie = _on_device(prefilled, vocabulary)
+    tokens, trie = vocabulary.on(prefilled.hidden.device)
     codes = torch.from_numpy(vocabulary.ids.codes[rows.cpu().numpy()]).to(trie.device)
     nodes, every = trie.root(len(prefilled)), torch.arange(len(prefilled), device=trie.device)
     total = torch.zeros(len(prefilled), device=trie.device)
@@ -180,7 +180,7 @@ def best_items(
     width = k if width is None else width
     _require_whole(k=k, width=width, tokens_per_pass=tokens_per_pass)
     prefilled.require_room(vocabulary.levels)
-    tokens, trie = _on_device(prefilled, vocabulary)
+    tokens, trie = vocabulary.on(prefilled.hidden.device)
 
     def searched(some: Prefilled, width: int) -> Ranked:
         parts = _parts(some, width * len(tokens), tokens_per_pass)
@@ -198,7 +198,7 @@ def best_items(
     return best
 
 
-def _beams(prefilled: Prefilled, tokens: list[Tensor], trie: Trie, k: int, width: int, tokens_per_pass: int) -> Ranked:
+def _beams(prefilled: Prefilled, tokens: Sequence[Tensor], trie: Trie, k: int, width: int, tokens_per_pass: int) -> Ranked:
     batch = len(prefilled)
     nodes, scores = trie.root(batch)[:, None], torch.zeros(batch, 1, device=trie.device)
     lost = torch.full((batch,), -torch.inf, device=trie.device)  # the best partial code that was discarded
@@ -250,11 +250,6 @@ def _parts(prefilled: Prefilled, tokens: int, tokens_per_pass: int) -> Iterator[
         return
     for some in torch.arange(len(prefilled), device=prefilled.hidden.device).split(size):
         yield prefilled.select(some)
-
-
-def _on_device(prefilled: Prefilled, vocabulary: CodeVocabulary) -> tuple[list[Tensor], Trie]:
-    device = prefilled.hidden.device
-    return [tokens.to(device) for tokens in vocabulary.tokens], vocabulary.trie.to(device)
 
 
 def _require_whole(**values: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -54,6 +55,13 @@ class CodeVocabulary:
     def trie(self) -> Trie:
         """What may follow what, by the items' rows in :attr:`ids`."""
         return Trie.build(self.ids.codes, self.ids.sizes)
+
+    def on(self, device: torch.device) -> tuple[Sequence[Tensor], Trie]:
+        """Tokens and trie on a device; brought there once, since a large catalogue's trie takes its time."""
+        kept: dict[torch.device, tuple[Sequence[Tensor], Trie]] = self.__dict__.setdefault("_on", {})
+        if device not in kept:
+            kept[device] = [tokens.to(device) for tokens in self.tokens], self.trie.to(device)
+        return kept[device]
 
     @property
     def levels(self) -> int:
