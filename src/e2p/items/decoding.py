@@ -198,7 +198,9 @@ def best_items(
     return best
 
 
-def _beams(prefilled: Prefilled, tokens: Sequence[Tensor], trie: Trie, k: int, width: int, tokens_per_pass: int) -> Ranked:
+def _beams(
+    prefilled: Prefilled, tokens: Sequence[Tensor], trie: Trie, k: int, width: int, tokens_per_pass: int
+) -> Ranked:
     batch = len(prefilled)
     nodes, scores = trie.root(batch)[:, None], torch.zeros(batch, 1, device=trie.device)
     lost = torch.full((batch,), -torch.inf, device=trie.device)  # the best partial code that was discarded
