@@ -31,8 +31,8 @@ ARMS = ("none", "prompt", "static", "random", "shuffled", "e2p", "e2p+prompt", "
 
 
 class Plan(NamedTuple):
-    """What is done with a data set. phi's settings are those that were best on other tasks, but for Industrial's
-    objective, epochs and share with profiles, which were tried on its validation examples."""
+    """What is done with a data set. phi's settings are those that were best on other tasks, but for
+    Industrial's, which were tried on its validation examples."""
 
     prepare: dict[str, Any]
     adapt: dict[str, Any]
@@ -61,8 +61,8 @@ PLANS = {
     "industrial": Plan(
         {"dimension": 64, "window": 10},
         {"epochs": 20, "batch_size": 32, "learning_rate": 2e-3},
-        TrainingConfig(epochs=8, batch_size=32, learning_rate=5e-3, weight_decay=0.1, profile_share=0.5),
-        PHI,
+        TrainingConfig(epochs=4, batch_size=32, learning_rate=5e-3, weight_decay=1.0, profile_share=0.5),
+        ProjectorConfig(hidden_dim=512, form="static+user", user_scale=0.03),
         "Amazon Industrial & Scientific with MiniOneRec's codes and parts; phi is trained for what HitRate rewards.",
         ObjectiveConfig(name="hits"),
     ),
