@@ -67,6 +67,10 @@ PLANS = {
         ObjectiveConfig(name="hits"),
     ),
 }
+# What the objective brings: everything else alike.
+PLANS["industrial_lm"] = PLANS["industrial"]._replace(
+    about="The same, but phi is trained for likelihood.", objective=ObjectiveConfig()
+)
 
 
 def settings(plan: Plan, tables: Path, backbone: Path, output: Path) -> RunConfig:

@@ -18,7 +18,8 @@ DATA = {
         # Recall@5 and @10 as their authors report them, on all 22,363 users.
         (("TIGER, published", 0.0454, 0.0648), ("SASRec with full cross-entropy, published", 0.0543, 0.0821)),
     ),
-    "industrial": ("Amazon Industrial, MiniOneRec's codes", ()),
+    "industrial": ("Amazon Industrial, MiniOneRec's codes, phi trained for hits", ()),
+    "industrial_lm": ("The same, phi trained for likelihood", ()),
 }
 ARMS = {
     "none": "none (the adapted model)",
