@@ -297,6 +297,15 @@ def test_sweep_that_diverged(tmp_path: Path) -> None:
     assert draw_sweep("training.weight_decay", points, tmp_path).svg.startswith("<svg")
 
 
+def test_learning_curves_of_all_arms_have_room(drawn: list[Any], tmp_path: Path) -> None:
+    """Beside numbers with many digits, too: a warning, which is an error here, tells that they have none."""
+    history = [{"step": 10 * n, "loss": 0.99 - n / 500, "eval_loss": 0.93 - n / 1000} for n in range(9)]
+    one = {"history": history, "validation": {"none": 0.93, "unit": "misses in 30 draws"}}
+    draw_learning({arm: one for arm in ("e2p", "static", "shuffled")}, tmp_path)
+    (axes,) = drawn[-1].axes
+    assert axes.get_position().width > 0.7
+
+
 def test_learning_curves(drawn: list[Any], tmp_path: Path) -> None:
     history = [{"step": 5, "loss": 4.5}, {"step": 10, "eval_loss": 3.8}, {"step": 20, "eval_loss": float("nan")}]
     picture = draw_learning({"e2p": {"history": history, "validation": {"none": 4.0}}}, tmp_path)

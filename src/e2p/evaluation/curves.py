@@ -127,7 +127,7 @@ def _losses(axes: Any, training: Mapping[str, Mapping[str, Any]], unit: str) -> 
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(unit)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, fontsize=8.5)
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, fontsize=8.5)
 
 
 def _points(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

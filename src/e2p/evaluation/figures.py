@@ -81,6 +81,7 @@ def draw_differences(comparisons: Sequence[Comparison], metric: Metric, folder: 
                 axes.plot(comparison.by_seed, at, "o", color=tone, markersize=3.2, alpha=0.65, markeredgewidth=0)
         axes.axvline(0, color=INK, linewidth=1)
         axes.set_xlabel(metric.label)
+        axes.locator_params(axis="x", nbins=3)  # long names leave little room for numbers
         rows(axes, [comparison.name for comparison in comparisons], bold=2)
 
     side = "Left" if metric.better == "lower" else "Right"
