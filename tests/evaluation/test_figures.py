@@ -301,7 +301,7 @@ def test_learning_curves_of_all_arms_have_room(drawn: list[Any], tmp_path: Path)
     """Beside numbers with many digits, too: a warning, which is an error here, tells that they have none."""
     history = [{"step": 10 * n, "loss": 0.99 - n / 500, "eval_loss": 0.93 - n / 1000} for n in range(9)]
     one = {"history": history, "validation": {"none": 0.93, "unit": "misses in 30 draws"}}
-    draw_learning({arm: one for arm in ("e2p", "static", "shuffled")}, tmp_path)
+    draw_learning(dict.fromkeys(("e2p", "static", "shuffled"), one), tmp_path)
     (axes,) = drawn[-1].axes
     assert axes.get_position().width > 0.7
 
