@@ -127,3 +127,19 @@ async def answered(engine: Engine, request: Request) -> Answered:
 async def all_answered(engine: Engine, requests: list[Request]) -> list[Answered]:
     """Requests that are made at once."""
     return await asyncio.gather(*(answered(engine, request) for request in requests))
+
+
+def written(tokenizer: Any, token: int) -> str:
+    """A token as OpenAI writes it, by the byte-level alphabet as GPT-2's authors published it."""
+    text = tokenizer.decode([token])
+    if "\ufffd" not in text:
+        return str(text)
+    bs = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    cs, n = bs[:], 0
+    for b in range(256):
+        if b not in bs:
+            bs.append(b)
+            cs.append(256 + n)
+            n += 1
+    byte_of = dict(zip(map(chr, cs), bs, strict=True))
+    return "bytes:" + "".join(f"\\x{byte_of[letter]:02x}" for letter in tokenizer.convert_ids_to_tokens(token))

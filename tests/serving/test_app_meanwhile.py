@@ -241,7 +241,7 @@ def rows(count: int, start: int = 0) -> bytes:
 
 
 def test_what_an_upload_had_stored_before_it_broke_off_is_counted() -> None:
-    with serving(limits=LimitsConfig(upload_bytes=30_000)) as server:
+    with serving(limits=LimitsConfig(upload_bytes=100_000)) as server:
         body = (rows(256, at) for at in range(0, 2560, 256))
         assert server.http.post("/v1/users/embeddings", content=body, headers=LINES).status_code == 413
         count = server.store.count()

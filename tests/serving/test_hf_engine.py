@@ -37,7 +37,7 @@ from e2p.serving.engine import (
     TokenIds,
 )
 from e2p.serving.hf_engine import HFEngine
-from engines import ADAPTERS, PROMPTS, TEXT, USERS, all_answered, answered, asked, build, engine_on, saved
+from engines import ADAPTERS, PROMPTS, TEXT, USERS, all_answered, answered, asked, build, engine_on, saved, written
 from tiny import EOS, logits_alone, make_batch, tiny_backbone
 
 
@@ -748,22 +748,6 @@ def test_a_user_whose_numbers_overflow_is_the_null_user_at_strength_0(
 
     found, null = asyncio.run(play())
     assert found.text == null.text
-
-
-def written(tokenizer: Any, token: int) -> str:
-    """A token as OpenAI writes it, by the byte-level alphabet as GPT-2's authors published it."""
-    text = tokenizer.decode([token])
-    if "\ufffd" not in text:
-        return str(text)
-    bs = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    cs, n = bs[:], 0
-    for b in range(256):
-        if b not in bs:
-            bs.append(b)
-            cs.append(256 + n)
-            n += 1
-    byte_of = dict(zip(map(chr, cs), bs, strict=True))
-    return "bytes:" + "".join(f"\\x{byte_of[letter]:02x}" for letter in tokenizer.convert_ids_to_tokens(token))
 
 
 def model_is_finite(model: E2PModel, vector: np.ndarray) -> bool:

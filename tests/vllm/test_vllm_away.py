@@ -17,7 +17,7 @@ from vllm_servers import MARKS, Relay, VLLMServer
 from whole_app import STABLE, App, World
 
 pytestmark = MARKS
-NEW, LONG = 20, 160  # tokens of an answer; of those that are to be broken within
+NEW, LONG = 20, 320  # tokens of an answer; of those that are to be broken within
 # Its likeliest tokens are the likeliest by far enough that no answer hangs on a float's last bits.
 PROMPT = [{"role": "user", "content": "old soul music"}]
 
