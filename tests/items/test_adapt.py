@@ -158,12 +158,12 @@ def test_it_learns_what_comes_next_and_is_an_ordinary_checkpoint(
     base = str(place / "base")
     tiny_model("llama", initializer_range=0.1, tie_word_embeddings=tied).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
-    out = run(base, place, method=method, epochs=25 if method == "full" else 50, patience=0, learning_rate=2e-2)
+    # Low ranks at twice this rate end in a poor minimum on some processors.
+    how: dict[str, Any] = {"full": {"epochs": 25, "learning_rate": 2e-2}, "lora": {"epochs": 50, "learning_rate": 1e-2}}
+    out = run(base, place, method=method, patience=0, **how[method])
     record = json.loads((out / ADAPTED).read_text())
-    # A tied head leaves a model of 32 numbers less room, and so do low ranks beside random weights.
-    assert record["validation"]["after"] < record["validation"]["before"] / (
-        2 if tied else 10 if method == "full" else 5
-    )
+    # A tied head leaves a model of 32 numbers less room.
+    assert record["validation"]["after"] < record["validation"]["before"] / (2 if tied else 10)
     assert record["settings"]["codes"] == record["codes"]["version"] == SemanticIds.load(out / CODES).version
     assert not (out / "checkpoints").exists()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
@@ -180,7 +180,7 @@ def test_it_learns_what_comes_next_and_is_an_ordinary_checkpoint(
         answer = model.generate(prompt, max_new_tokens=LEVELS, do_sample=False, pad_token_id=2)[0, -LEVELS:]
         wanted = [int(vocabulary.tokens[level][code]) for level, code in enumerate(ids.codes[seen[-1]])]
         right += answer.tolist() == wanted
-    assert tied or right >= (ITEMS if method == "full" else 3)  # by chance one
+    assert tied or right == ITEMS
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     if method == "lora":  # of the embeddings, those of the codes alone have moved
         before = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
